@@ -1,0 +1,44 @@
+"""Kernel-accelerated losses for LLM reinforcement learning and preference training.
+
+Functions, not trainers: everything here takes tensors and returns tensors, knows no TRL and reads no config file. Importing
+this package touches neither CUDA nor Triton. Trainers on TRL live in :mod:`dppo_kernels.trainers`.
+"""
+
+from pathlib import Path
+
+from dppo_kernels.aggregate import REDUCTIONS, aggregate
+from dppo_kernels.divergence import DIVERGENCES, divergence, trust_region_mask
+from dppo_kernels.estimators import kl_estimate, log_ratio
+from dppo_kernels.linear_logprobs import LinearLogprobs, linear_logprobs
+from dppo_kernels.policy import PRESETS, PolicyLossSpec, Stat, policy_loss
+from dppo_kernels.token_logprobs import TokenLogprobs, TopKLogprobs, token_logprobs, topk_logprobs
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DIVERGENCES",
+    "PRESETS",
+    "REDUCTIONS",
+    "LinearLogprobs",
+    "PolicyLossSpec",
+    "Stat",
+    "TokenLogprobs",
+    "TopKLogprobs",
+    "__version__",
+    "aggregate",
+    "divergence",
+    "kl_estimate",
+    "linear_logprobs",
+    "log_ratio",
+    "policy_loss",
+    "token_logprobs",
+    "topk_logprobs",
+    "trust_region_mask",
+]
+
+# `trainers/` is a top-level folder of the repository but the package `dppo_kernels.trainers`: an install maps it with
+# package-dir, a plain checkout needs its parent on the search path.
+_checkout = Path(__file__).resolve().parent.parent
+if (_checkout / "setup.py").is_file() and (_checkout / "trainers" / "__init__.py").is_file():
+    __path__.append(str(_checkout))
+del _checkout, Path

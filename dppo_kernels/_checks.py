@@ -1,0 +1,95 @@
+"""Contract checks: every message names the argument, what it got and what was expected."""
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_tensor(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"`{name}` must be a torch.Tensor, got {type(value).__name__}")
+
+
+def check_floating(name: str, value: Tensor) -> None:
+    check_tensor(name, value)
+    if not value.is_floating_point():
+        raise TypeError(f"`{name}` must have a floating-point dtype, got {value.dtype}")
+
+
+def check_ids(name: str, value: Tensor) -> None:
+    check_tensor(name, value)
+    if value.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"`{name}` must hold token ids as int64 or int32, got {value.dtype}")
+
+
+def check_mask(name: str, value: Tensor) -> None:
+    check_tensor(name, value)
+    if value.dtype != torch.bool:
+        raise TypeError(f"`{name}` must be a bool tensor (True = counts), got {value.dtype}")
+
+
+def check_shape(name: str, value: Tensor, expected: Sequence[int], meaning: str) -> None:
+    if tuple(value.shape) != tuple(expected):
+        raise ValueError(f"`{name}` must have shape {meaning} = {list(expected)}, got {list(value.shape)}")
+
+
+def check_device(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+    if value.device != like.device:
+        raise ValueError(f"`{name}` is on {value.device}, but `{like_name}` is on {like.device}")
+
+
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(repr(c) for c in choices)}; got {value!r}")
+
+
+def check_positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"`{name}` must be a number, got {type(value).__name__}")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"`{name}` must be positive and finite, got {value}")
+
+
+def check_temperature(temperature: float | Tensor, ids: Tensor) -> None:
+    if not isinstance(temperature, Tensor):
+        check_positive("temperature", temperature)
+        return
+    check_floating("temperature", temperature)
+    check_shape("temperature", temperature, ids.shape, "one per row, ids.shape")
+    check_device("temperature", temperature, "ids", ids)
+    if temperature.requires_grad:
+        raise ValueError("`temperature` is not differentiable: detach it")
+
+
+def check_gather_ids(gather_ids: Tensor, ids: Tensor) -> None:
+    check_ids("gather_ids", gather_ids)
+    if gather_ids.shape[:-1] != ids.shape:
+        raise ValueError(f"`gather_ids` must be [*ids.shape, K]; got {list(gather_ids.shape)} for ids {list(ids.shape)}")
+    check_device("gather_ids", gather_ids, "ids", ids)
+
+
+def check_values(
+    ids: Tensor,
+    gather_ids: Tensor | None,
+    row_temperature: Tensor | None,
+    vocab: int,
+    ignore_index: int | None,
+    *,
+    ids_name: str = "ids",
+) -> None:
+    """Value checks, a host sync each on CUDA: ids in [0, vocab) or ignored, gather ids below vocab, temperatures positive."""
+    bad = (ids < 0) | (ids >= vocab)
+    if ignore_index is not None:
+        bad &= ids != ignore_index
+    _raise_first(ids_name, ids, bad, f"in [0, {vocab})" + ("" if ignore_index is None else f" or {ignore_index}"))
+    if gather_ids is not None:
+        _raise_first("gather_ids", gather_ids, gather_ids >= vocab, f"below {vocab} (negative = padding)")
+    if row_temperature is not None:
+        _raise_first("temperature", row_temperature, ~(row_temperature > 0), "positive")
+
+
+def _raise_first(name: str, values: Tensor, bad: Tensor, expected: str) -> None:
+    if bool(bad.any()):
+        where = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(f"`{name}` must be {expected}; got {values[where].item()} at index {list(where)}")

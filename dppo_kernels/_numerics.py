@@ -1,0 +1,28 @@
+"""Scalar formulas that lose digits when written the obvious way."""
+
+import math
+
+import torch
+from torch import Tensor
+
+# A float32 log-softmax returns 0 once 1 - p < 6e-8; the floor decides what 1 - p means for those tokens.
+LOGPROB_CEILING = -1e-9
+
+
+def log1mexp(logprobs: Tensor) -> Tensor:
+    """``log(1 - exp(logprobs))`` to full precision at both ends; log-probs above -1e-9 count as -1e-9."""
+    x = logprobs.clamp(max=LOGPROB_CEILING)
+    near_one = torch.log(-torch.expm1(x))
+    return torch.where(x > -math.log(2), near_one, torch.log1p(-torch.exp(x)))
+
+
+def stat_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Precision of statistics and outputs: float64 for float64 inputs, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def split_temperature(temperature: float | Tensor, dtype: torch.dtype) -> tuple[Tensor | None, float]:
+    """(one per row in `dtype` or None, the scalar): what an op schema, which has no unions, can take."""
+    if isinstance(temperature, Tensor):
+        return temperature.reshape(-1).to(dtype), 1.0
+    return None, float(temperature)

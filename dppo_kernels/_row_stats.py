@@ -1,0 +1,165 @@
+"""Online softmax statistics of rows whose logits arrive in vocabulary tiles.
+
+Kept per row, relative to the running maximum ``m`` so that nothing cancels: ``s = sum exp(z - m)``,
+``d = sum exp(z - m) * (z - m)``, ``q = sum exp(z - m)^2``, and the logits of the target and the gathered ids. Then
+
+    lse = m + log s        logprob = (z_target - m) - log s        entropy = log s - d / s
+    log_sum_sq_probs = log q - 2 log s
+
+Both terms of the entropy are >= 0, so it never turns negative by rounding.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Public names of optional outputs, in the order ops return them. The last three carry no gradient.
+OUTPUTS = ("logprobs", "lse", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+# exp() of it is 0 in every dtype, and 0 * it stays finite: stands in for -inf where a product follows.
+_FINITE_MINUS_INF = -1e30
+
+
+class Upstream(NamedTuple):
+    """Gradients that arrive at the differentiable outputs; None = not used by the loss."""
+
+    logprobs: Tensor | None  # [N]
+    lse: Tensor | None  # [N]
+    entropy: Tensor | None  # [N]
+    gathered: Tensor | None  # [N, K]
+
+    def active_rows(self, rows: Tensor) -> Tensor:
+        """The subset of `rows` that any gradient arrives at."""
+        active = torch.zeros(rows.shape, dtype=torch.bool, device=rows.device)
+        for grad in self:
+            if grad is not None:
+                taken = grad[rows]
+                active |= (taken != 0).any(-1) if taken.dim() == 2 else taken != 0
+        return rows[active]
+
+    def take(self, rows: Tensor, dtype: torch.dtype) -> "Upstream":
+        return Upstream(*(None if grad is None else grad[rows].to(dtype) for grad in self))
+
+
+class RowStats:
+    """Accumulators for `ids.shape[0]` rows; `update` them tile by tile, then `finish`."""
+
+    def __init__(self, ids: Tensor, gather_ids: Tensor | None, outputs: frozenset[str], dtype: torch.dtype) -> None:
+        n, device = ids.shape[0], ids.device
+        self.ids, self.gather_ids, self.outputs = ids, gather_ids, outputs
+        self.max = torch.full((n,), -math.inf, dtype=dtype, device=device)
+        self.sum = torch.zeros(n, dtype=dtype, device=device)
+        self.target = torch.zeros(n, dtype=dtype, device=device)
+        self.gathered = None if gather_ids is None else torch.zeros(gather_ids.shape, dtype=dtype, device=device)
+        self.dot = torch.zeros_like(self.sum) if "entropy" in outputs else None
+        self.sum_sq = torch.zeros_like(self.sum) if "log_sum_sq_probs" in outputs else None
+        self.total = torch.zeros_like(self.sum) if "mean_logits" in outputs else None
+        self.max_before_target = torch.full_like(self.max, -math.inf) if "is_top1" in outputs else None
+        self.vocab = 0
+
+    def update(self, rows: slice, start: int, z: Tensor) -> None:
+        """Fold in ``z [rows, C]``, the logits of columns ``start .. start + C``; `z` is overwritten."""
+        self.vocab = max(self.vocab, start + z.shape[1])
+        self.target[rows] += pick_columns(z, self.ids[rows, None], start).squeeze(1)
+        if self.gathered is not None and self.gather_ids is not None:
+            self.gathered[rows] += pick_columns(z, self.gather_ids[rows], start)
+        if self.total is not None:
+            self.total[rows] += z.sum(1)
+        if self.max_before_target is not None:
+            columns = torch.arange(start, start + z.shape[1], device=z.device)
+            before = z.masked_fill(columns >= self.ids[rows, None], -math.inf).amax(1)
+            self.max_before_target[rows] = torch.maximum(self.max_before_target[rows], before)
+
+        old_max, old_sum = self.max[rows], self.sum[rows]
+        new_max = torch.maximum(old_max, z.amax(1))
+        # A row that has seen only -inf has no maximum to be relative to yet; 0 keeps exp(-inf - 0) = 0.
+        anchor = new_max.masked_fill(new_max == -math.inf, 0.0)
+        shift = (old_max - anchor).clamp_(min=_FINITE_MINUS_INF)
+        rescale = shift.exp()
+        z -= anchor[:, None]
+        if self.dot is None:
+            e = z.exp_()
+        else:
+            e = z.exp()
+            tile_dot = z.clamp_(min=_FINITE_MINUS_INF).mul_(e).sum(1)
+            self.dot[rows] = rescale * (self.dot[rows] + shift * old_sum) + tile_dot
+        self.sum[rows] = rescale * old_sum + e.sum(1)
+        if self.sum_sq is not None:
+            self.sum_sq[rows] = rescale.square() * self.sum_sq[rows] + e.square_().sum(1)
+        self.max[rows] = new_max
+
+    def finish(self) -> dict[str, Tensor]:
+        """Outputs by name, plus `row_max` and `log_sum` (whose sum is the LSE) for the backward."""
+        log_sum = self.sum.log()
+        out = {"row_max": self.max, "log_sum": log_sum, "lse": self.max + log_sum}
+        out["logprobs"] = (self.target - self.max) - log_sum
+        if self.gathered is not None and self.gather_ids is not None:
+            logprobs = (self.gathered - self.max[:, None]) - log_sum[:, None]
+            out["gathered"] = logprobs.masked_fill_(self.gather_ids < 0, 0.0)
+        if self.dot is not None:
+            out["entropy"] = log_sum - self.dot / self.sum
+        if self.sum_sq is not None:
+            out["log_sum_sq_probs"] = self.sum_sq.log() - 2 * log_sum
+        if self.total is not None:
+            out["mean_logits"] = self.total / self.vocab
+        if self.max_before_target is not None:
+            # torch.argmax returns the first maximum: a tie with an earlier id is not top-1.
+            out["is_top1"] = (self.target >= self.max) & (self.target > self.max_before_target)
+        return out
+
+
+def logits_gradient(
+    z: Tensor,
+    start: int,
+    *,
+    row_max: Tensor,
+    log_sum: Tensor,
+    entropy: Tensor | None,
+    ids: Tensor,
+    gather_ids: Tensor | None,
+    upstream: Upstream,
+) -> Tensor:
+    """``dL/dz`` of one tile, written over ``z [R, C]``; all other arguments hold the tile's R rows.
+
+    With p = exp(z - lse):  dz = p * (g_lse - g_logprob - sum_k g_k) - g_H * p * (log p + H) + g at the target and gathered ids.
+    """
+    on_probs = z.new_zeros(z.shape[0])
+    if upstream.lse is not None:
+        on_probs += upstream.lse
+    if upstream.logprobs is not None:
+        on_probs -= upstream.logprobs
+    gathered_grad = None
+    if upstream.gathered is not None and gather_ids is not None:
+        gathered_grad = upstream.gathered.masked_fill(gather_ids < 0, 0.0)
+        on_probs -= gathered_grad.sum(1)
+
+    z -= row_max[:, None]
+    z -= log_sum[:, None]
+    if upstream.entropy is not None and entropy is not None:
+        p = z.exp()
+        z.clamp_(min=_FINITE_MINUS_INF).mul_(-upstream.entropy[:, None])
+        z += (on_probs - upstream.entropy * entropy)[:, None]
+        z *= p
+    else:
+        z.exp_().mul_(on_probs[:, None])
+    if upstream.logprobs is not None:
+        add_to_columns(z, ids[:, None], start, upstream.logprobs[:, None])
+    if gathered_grad is not None and gather_ids is not None:
+        add_to_columns(z, gather_ids, start, gathered_grad)
+    return z
+
+
+def pick_columns(z: Tensor, ids: Tensor, start: int) -> Tensor:
+    """``z[r, ids[r, k] - start]`` where that column is in the tile, else 0: [R, K]."""
+    local = ids - start
+    inside = (local >= 0) & (local < z.shape[1])
+    return z.gather(1, local.clamp(0, z.shape[1] - 1)).masked_fill_(~inside, 0.0)
+
+
+def add_to_columns(z: Tensor, ids: Tensor, start: int, values: Tensor) -> None:
+    """In place ``z[r, ids[r, k] - start] += values[r, k]`` where that column is in the tile; duplicates accumulate."""
+    local = ids - start
+    inside = (local >= 0) & (local < z.shape[1])
+    z.scatter_add_(1, local.clamp(0, z.shape[1] - 1), values.masked_fill(~inside, 0.0))

@@ -1,0 +1,58 @@
+"""The only reduction from tokens to a scalar."""
+
+import torch
+from torch import Tensor
+
+from dppo_kernels import _checks
+
+REDUCTIONS = ("token_mean", "sequence_mean", "fixed_length")
+
+
+def aggregate(
+    values: Tensor,
+    mask: Tensor,
+    reduction: str,
+    *,
+    denominator: float | Tensor | None = None,
+    max_length: int | None = None,
+) -> Tensor:
+    """Reduce per-token values to a scalar; values behind the mask may be NaN.
+
+    ``token_mean``: sum / active tokens. ``sequence_mean``: mean over sequences of each one's token mean (a sequence without
+    active tokens counts as 0). ``fixed_length``: sum / (B * max_length), Dr.GRPO.
+
+    Args:
+        values: [B, T] or [N] (``token_mean`` only), or [B, 1] for one value per sequence.
+        mask: bool [B, T] or [N]; True = counts.
+        reduction: one of `REDUCTIONS`.
+        denominator: replaces the call's own count (active tokens; sequences B; B * max_length), so that micro-batches and ranks
+            that divide by the same global number add up to the loss of the whole batch.
+        max_length: tokens per sequence for ``fixed_length``.
+
+    Raises:
+        TypeError, ValueError: wrong mask dtype, shapes, reduction, or missing `max_length`.
+
+    Source: the policy-loss table of GRPO (2402.03300), DAPO (2503.14476) and Dr.GRPO (2503.20783).
+    """
+    _checks.check_floating("values", values)
+    _checks.check_mask("mask", mask)
+    _checks.check_choice("reduction", reduction, REDUCTIONS)
+    if mask.dim() == 2 and values.shape == (mask.shape[0], 1):
+        values = values.expand(mask.shape)
+    _checks.check_shape("values", values, mask.shape, "that of `mask`")
+    if reduction != "token_mean" and mask.dim() != 2:
+        raise ValueError(f"reduction {reduction!r} needs [B, T] values and mask, got {list(mask.shape)}")
+
+    masked = torch.where(mask, values, 0.0)
+    if reduction == "sequence_mean":
+        per_sequence = masked.sum(1) / mask.sum(1).clamp(min=1)
+        return per_sequence.sum() / (max(mask.shape[0], 1) if denominator is None else denominator)
+    if denominator is None:
+        if reduction == "token_mean":
+            denominator = mask.sum().clamp(min=1)
+        elif max_length is None:
+            raise ValueError("reduction 'fixed_length' needs `max_length` or `denominator`")
+        else:
+            _checks.check_positive("max_length", max_length)
+            denominator = max(mask.shape[0], 1) * max_length
+    return masked.sum() / denominator

@@ -1,0 +1,67 @@
+"""Definition of the linear log-prob family in plain torch, any float dtype: the oracle every kernel is held to.
+
+    z = softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature      (no softcap: logit_scale * (h W^T + b) / temperature)
+
+Autograd differentiates it, twice if asked. Row chunks are checkpointed, so that memory is one chunk of logits at a time.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from dppo_kernels._numerics import stat_dtype
+from dppo_kernels._tiling import chunks, pick_row_chunk
+
+
+def linear_logprobs_ref(
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    ids: Tensor,  # [N]
+    gather_ids: Tensor | None,  # [N, K]
+    temperature: float | Tensor,  # scalar or [N]
+    *,
+    logit_scale: float,
+    softcap: float | None,
+    ignore_index: int,
+) -> dict[str, Tensor]:
+    """Every output by name, each [N] (``gathered`` [N, K]); ignored rows are 0."""
+    dtype = stat_dtype(hidden.dtype)
+    w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
+
+    def score(h: Tensor, ids: Tensor, gather_ids: Tensor | None, temperature: float | Tensor) -> dict[str, Tensor]:
+        z = logit_scale * torch.nn.functional.linear(h.to(dtype), w, b)
+        if softcap is not None:
+            z = softcap * torch.tanh(z / softcap)
+        z = z / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
+        return statistics_ref(z, ids, gather_ids, ignore_index=ignore_index)
+
+    parts = []
+    for rows in chunks(hidden.shape[0], pick_row_chunk(weight.shape[0])) or [slice(0, 0)]:
+        part_temperature = temperature[rows] if isinstance(temperature, Tensor) else temperature
+        args = (hidden[rows], ids[rows], None if gather_ids is None else gather_ids[rows], part_temperature)
+        parts.append(checkpoint(score, *args, use_reentrant=False) if torch.is_grad_enabled() else score(*args))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def statistics_ref(z: Tensor, ids: Tensor, gather_ids: Tensor | None, *, ignore_index: int) -> dict[str, Tensor]:
+    """Statistics of rows of final logits ``z [N, V]`` (temperature already applied)."""
+    ignored = ids == ignore_index
+    target = ids.masked_fill(ignored, 0).long()
+    logp = torch.log_softmax(z, -1)
+    p = logp.exp()
+    finite_logp = logp.masked_fill(logp == -torch.inf, 0.0)  # 0 * -inf is NaN; lim p log p is 0
+    out = {
+        "logprobs": logp.gather(1, target[:, None]).squeeze(1),
+        "lse": torch.logsumexp(z, -1),
+        "entropy": -(p * finite_logp).sum(-1),
+        "log_sum_sq_probs": torch.logsumexp(2 * logp.detach(), -1),
+        "mean_logits": z.detach().mean(-1),
+    }
+    out = {name: value.masked_fill(ignored, 0.0) for name, value in out.items()}
+    first_max = (z == z.amax(-1, keepdim=True)).to(torch.int8).argmax(-1)
+    out["is_top1"] = (first_max == target) & ~ignored
+    if gather_ids is not None:
+        gathered = logp.gather(1, gather_ids.clamp(min=0).long())
+        out["gathered"] = gathered.masked_fill((gather_ids < 0) | ignored[:, None], 0.0)
+    return out

@@ -1,0 +1,154 @@
+"""Tiled torch implementation of the linear log-prob family, with a recomputing backward.
+
+Only one tile of logits (rows x vocabulary columns, in the statistics' precision) exists at a time. Saved for the backward: the
+inputs, and per row the maximum, the log-sum relative to it and the entropy. Vocabulary tiles are the outer loop, so a weight
+tile is read (and upcast) once and a tile of ``dweight`` is accumulated in full precision and rounded once.
+FLOPs: forward 2 NHV; backward 2 NHV recompute + 2 NHV per gradient of hidden and weight, over rows with upstream gradient only.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dppo_kernels._numerics import stat_dtype
+from dppo_kernels._row_stats import RowStats, Upstream, logits_gradient
+from dppo_kernels._tiling import chunks, pick_linear_tile
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Hidden rows and the head that turns them into logits."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    temperature: float | Tensor  # scalar or [N]
+    logit_scale: float
+    softcap: float | None
+    compute_dtype: torch.dtype  # inputs are rounded to it first (autocast); products accumulate in `dtype`
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return stat_dtype(self.compute_dtype)
+
+    def select(self, rows: Tensor) -> "Projection":
+        """The same head over a subset of rows (no copy when it is all of them)."""
+        if rows.shape[0] == self.hidden.shape[0]:
+            return self
+        temperature = self.temperature[rows] if isinstance(self.temperature, Tensor) else self.temperature
+        return replace(self, hidden=self.hidden[rows], temperature=temperature)
+
+    def hidden_rows(self, rows: slice) -> Tensor:
+        return self.hidden[rows].to(self.compute_dtype).to(self.dtype)
+
+    def weight_columns(self, cols: slice) -> Tensor:
+        return self.weight[cols].to(self.compute_dtype).to(self.dtype)
+
+    def logits(self, h: Tensor, w: Tensor, rows: slice, cols: slice, buffer: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``z`` of one tile in `buffer`, and ``1 - tanh^2`` where there is a soft-cap."""
+        z = buffer[: h.shape[0] * w.shape[0]].view(h.shape[0], w.shape[0])
+        torch.mm(h, w.t(), out=z)
+        if self.bias is not None:
+            z += self.bias[cols].to(self.dtype)
+        slope = None
+        if self.softcap is not None:
+            z.mul_(self.logit_scale / self.softcap).tanh_()
+            slope = 1 - z.square()
+            z *= self.softcap
+        elif self.logit_scale != 1.0:
+            z *= self.logit_scale
+        if isinstance(self.temperature, Tensor):
+            z /= self.temperature[rows, None]
+        elif self.temperature != 1.0:
+            z /= self.temperature
+        return z, slope
+
+    def gradient_to_projection(self, dz: Tensor, slope: Tensor | None, rows: slice) -> Tensor:
+        """Chain ``dL/dz`` back to ``dL/d(h W^T + b)``, in place."""
+        if slope is not None:
+            dz *= slope
+        if isinstance(self.temperature, Tensor):
+            return dz.mul_((self.logit_scale / self.temperature[rows])[:, None])
+        scale = self.logit_scale / self.temperature
+        return dz if scale == 1.0 else dz.mul_(scale)
+
+
+def linear_logprobs_fwd(
+    projection: Projection, ids: Tensor, gather_ids: Tensor | None, *, ignore_index: int, outputs: frozenset[str]
+) -> dict[str, Tensor]:
+    """Outputs by name plus `row_max` and `log_sum`, for all N rows; rows that `ids` ignores never enter a GEMM and are 0."""
+    n = ids.shape[0]
+    rows = (ids != ignore_index).nonzero().squeeze(1)
+    active = projection.select(rows)
+    stats = RowStats(ids[rows], None if gather_ids is None else gather_ids[rows], outputs, active.dtype)
+    vocab = projection.weight.shape[0]
+    tile = pick_linear_tile(rows.shape[0], vocab)
+    buffer = active.hidden.new_empty(tile.rows * tile.cols, dtype=active.dtype)
+    for cols in chunks(vocab, tile.cols) if rows.shape[0] else ():
+        w = active.weight_columns(cols)
+        for part in chunks(rows.shape[0], tile.rows):
+            z, _ = active.logits(active.hidden_rows(part), w, part, cols, buffer)
+            stats.update(part, cols.start, z)
+    finished = stats.finish()
+    return {name: value.new_zeros(n, *value.shape[1:]).index_copy_(0, rows, value) for name, value in finished.items()}
+
+
+def linear_logprobs_bwd(
+    projection: Projection,
+    ids: Tensor,
+    gather_ids: Tensor | None,
+    upstream: Upstream,
+    saved: dict[str, Tensor],  # row_max, log_sum, and entropy where it has an upstream gradient
+    *,
+    ignore_index: int,
+    needs: tuple[bool, bool, bool],  # hidden, weight, bias
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden, weight and bias in their own dtypes; rows without upstream gradient never enter a GEMM."""
+    needs_hidden, needs_weight, needs_bias = needs
+    rows = upstream.active_rows((ids != ignore_index).nonzero().squeeze(1))
+    n_rows, vocab = rows.shape[0], projection.weight.shape[0]
+    active, dtype = projection.select(rows), projection.dtype
+    hidden, weight, bias = projection.hidden, projection.weight, projection.bias
+    dhidden_rows = hidden.new_zeros((n_rows, hidden.shape[1]), dtype=dtype) if needs_hidden else None
+    dweight = torch.zeros_like(weight) if needs_weight else None
+    dbias = torch.zeros_like(bias) if needs_bias and bias is not None else None
+
+    upstream = upstream.take(rows, dtype)
+    per_row = {name: value[rows] for name, value in saved.items()}
+    row_ids, row_gather_ids = ids[rows], None if gather_ids is None else gather_ids[rows]
+    tile = pick_linear_tile(n_rows, vocab)
+    buffer = hidden.new_empty(tile.rows * tile.cols, dtype=dtype)
+    for cols in chunks(vocab, tile.cols) if n_rows else ():
+        w = active.weight_columns(cols)
+        dw = torch.zeros_like(w) if needs_weight else None
+        db = w.new_zeros(w.shape[0]) if dbias is not None else None
+        for part in chunks(n_rows, tile.rows):
+            h = active.hidden_rows(part)
+            z, slope = active.logits(h, w, part, cols, buffer)
+            dz = logits_gradient(
+                z,
+                cols.start,
+                row_max=per_row["row_max"][part],
+                log_sum=per_row["log_sum"][part],
+                entropy=per_row["entropy"][part] if "entropy" in per_row else None,
+                ids=row_ids[part],
+                gather_ids=None if row_gather_ids is None else row_gather_ids[part],
+                upstream=Upstream(*(None if grad is None else grad[part] for grad in upstream)),
+            )
+            dz = active.gradient_to_projection(dz, slope, part)
+            if dhidden_rows is not None:
+                dhidden_rows[part].addmm_(dz, w)
+            if dw is not None:
+                dw.addmm_(dz.t(), h)
+            if db is not None:
+                db += dz.sum(0)
+        if dweight is not None and dw is not None:
+            dweight[cols] = dw
+        if dbias is not None and db is not None:
+            dbias[cols] = db
+    dhidden = None
+    if dhidden_rows is not None:
+        dhidden = torch.zeros_like(hidden)
+        dhidden[rows] = dhidden_rows.to(hidden.dtype)
+    return dhidden, dweight, dbias

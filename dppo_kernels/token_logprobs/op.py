@@ -1,0 +1,312 @@
+"""Public `token_logprobs` and `topk_logprobs`, and their custom ops ``dppo_kernels::{token_logprobs*,topk_logprobs}``."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dppo_kernels import _backend, _checks
+from dppo_kernels._numerics import split_temperature, stat_dtype
+from dppo_kernels._row_stats import Upstream
+from dppo_kernels.token_logprobs.reference import token_logprobs_ref, topk_logprobs_ref
+from dppo_kernels.token_logprobs.torch_impl import token_logprobs_bwd, token_logprobs_fwd, topk_logprobs_fwd
+
+MAX_K = 128
+
+OUTPUTS = ("logprobs", "lse", "entropy")
+
+
+class TokenLogprobs(NamedTuple):
+    """Per-token statistics of given logits; fields that were not asked for are None."""
+
+    logprobs: Tensor | None  # [...]
+    entropy: Tensor | None  # [...] nats
+    lse: Tensor | None  # [...]
+    gathered: Tensor | None  # [..., K] log-probs
+
+
+class TopKLogprobs(NamedTuple):
+    """Top-K log-probs with the sampled token injected: K + 1 columns, no id twice."""
+
+    ids: Tensor  # [..., K+1] int64; column K is -1 where the sampled token is among the top K
+    logprobs: Tensor  # [..., K+1]; 0 where `valid` is False
+    valid: Tensor  # [..., K+1] bool
+    sampled_logprobs: Tensor  # [...]
+    lse: Tensor  # [...]
+
+
+def token_logprobs(
+    logits: Tensor,  # [..., V]
+    ids: Tensor,  # [...]
+    *,
+    gather_ids: Tensor | None = None,  # [..., K]
+    temperature: float | Tensor = 1.0,  # scalar or [...]
+    ignore_index: int = -100,
+    outputs: Sequence[str] = ("logprobs",),
+    inplace_backward: bool = False,
+    backend: str | None = None,
+    check_values: bool = False,
+) -> TokenLogprobs:
+    """Log-probs, entropy, LSE and gathered log-probs of logits that already exist, in one read of them.
+
+    Args:
+        logits: [..., V] of any strides; -inf is allowed.
+        ids: [...] int32/int64 token ids. Rows equal to `ignore_index` give 0, get no gradient and are not read.
+        gather_ids: [..., K] ids whose log-probs are wanted as well; an id < 0 gives 0 and no gradient.
+        temperature: positive number, or a tensor [...] with one per row (not differentiable); ``z = logits / temperature``.
+        ignore_index: marks rows to skip.
+        outputs: any of "logprobs", "lse", "entropy".
+        inplace_backward: write the gradient over `logits` instead of allocating another [..., V] tensor. The logits are
+            destroyed by the backward, so nothing else may need them; a leaf that requires grad is refused.
+        backend: "auto" (default), "reference" or "torch"; also set by ``DPPO_KERNELS_BACKEND``.
+        check_values: check the range of ids on CUDA too (a host sync); on CPU they are always checked.
+
+    Returns:
+        `TokenLogprobs`, in float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError: wrong type or dtype. ValueError: wrong shape, device, id, temperature, output or backend.
+
+    Source: online softmax, Milakov & Gimelshein (arXiv 1805.02867).
+    """
+    _check_arguments(logits, ids, gather_ids, temperature)
+    if isinstance(outputs, str) or not outputs and gather_ids is None:
+        raise ValueError(f"`outputs` must be a sequence naming at least one of {', '.join(OUTPUTS)}; got {outputs!r}")
+    for output in outputs:
+        _checks.check_choice("outputs", output, OUTPUTS)
+    name = _backend.resolve("token_logprobs", backend)
+    if inplace_backward and (name == "reference" or (logits.is_leaf and logits.requires_grad)):
+        reason = "backend 'reference' has none" if name == "reference" else "`logits` is a leaf whose values would be lost"
+        raise ValueError(f"`inplace_backward=True` is not possible: {reason}")
+    lead, vocab = ids.shape, logits.shape[-1]
+    if inplace_backward and not _views_as_rows(logits):
+        raise ValueError(f"`inplace_backward=True` needs logits that view as [N, V]; got strides {logits.stride()}")
+    flat_logits, flat_ids = logits.reshape(-1, vocab), ids.reshape(-1).long()
+    flat_gather = None if gather_ids is None else gather_ids.reshape(flat_ids.shape[0], gather_ids.shape[-1]).long()
+    row_temperature, scalar_temperature = split_temperature(temperature, stat_dtype(logits.dtype))
+    if name == "reference":
+        if logits.device.type == "cpu" or check_values:
+            _checks.check_values(flat_ids, flat_gather, row_temperature, vocab, ignore_index)
+        values = token_logprobs_ref(
+            flat_logits,
+            flat_ids,
+            flat_gather,
+            scalar_temperature if row_temperature is None else row_temperature,
+            ignore_index=ignore_index,
+        )
+    else:
+        flat = torch.ops.dppo_kernels.token_logprobs(
+            flat_logits,
+            flat_ids,
+            flat_gather,
+            row_temperature,
+            scalar_temperature,
+            ignore_index,
+            inplace_backward,
+            ",".join(outputs),
+            check_values,
+        )
+        values = dict(zip(_FIELDS, flat, strict=True))
+    wanted = {key: values[key].reshape(lead) for key in outputs}
+    if gather_ids is not None:
+        wanted["gathered"] = values["gathered"].reshape(gather_ids.shape)
+    return TokenLogprobs(**{field: wanted.get(field) for field in TokenLogprobs._fields})
+
+
+def topk_logprobs(
+    logits: Tensor,  # [..., V]
+    sampled_ids: Tensor,  # [...]
+    k: int,
+    *,
+    temperature: float | Tensor = 1.0,  # scalar or [...]
+    backend: str | None = None,
+    check_values: bool = False,
+) -> TopKLogprobs:
+    """What a rollout must record for top-K divergences: the K most likely ids, the sampled one, and their log-probs.
+
+    Columns 0..K-1 are ordered by (value descending, id ascending). Column K holds the sampled token if it is outside the top K,
+    else id -1, log-prob 0, ``valid`` False: so every id appears once. No gradient flows.
+
+    Args:
+        logits: [..., V] raw logits; -inf is allowed, NaN is refused with its row number.
+        sampled_ids: [...] int32/int64 ids of the sampled tokens.
+        k: 1 <= k <= min(V, 128).
+        temperature: positive number, or a tensor [...] with one per row; log-probs are those of ``logits / temperature``.
+        backend: "auto" (default), "reference" or "torch"; also set by ``DPPO_KERNELS_BACKEND``.
+        check_values: check ids and NaN on CUDA too (a host sync); on CPU they are always checked.
+
+    Returns:
+        `TopKLogprobs`, log-probs in float32 (float64 for float64 inputs), over the full vocabulary (not renormalised).
+
+    Raises:
+        TypeError: wrong type or dtype. ValueError: wrong shape, device, id, k, temperature, backend, or NaN logits.
+
+    Source: DPPO (arXiv 2602.04879), A' = TopK(mu, K) + {y_t}.
+    """
+    _check_arguments(logits, sampled_ids, None, temperature, ids_name="sampled_ids")
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"`k` must be an int, got {type(k).__name__}")
+    vocab = logits.shape[-1]
+    if not 1 <= k <= min(vocab, MAX_K):
+        raise ValueError(f"`k` must be in [1, min(V, {MAX_K})] = [1, {min(vocab, MAX_K)}], got {k}")
+    name = _backend.resolve("topk_logprobs", backend)
+    lead = sampled_ids.shape
+    flat_logits, flat_ids = logits.detach().reshape(-1, vocab), sampled_ids.reshape(-1).long()
+    row_temperature, scalar_temperature = split_temperature(temperature, stat_dtype(logits.dtype))
+    if name == "reference":
+        if logits.device.type == "cpu" or check_values:
+            _check_topk_values(flat_logits, flat_ids, row_temperature)
+        row_or_scalar = scalar_temperature if row_temperature is None else row_temperature
+        flat = topk_logprobs_ref(flat_logits, flat_ids, k, row_or_scalar)
+    else:
+        flat = torch.ops.dppo_kernels.topk_logprobs(
+            flat_logits, flat_ids, k, row_temperature, scalar_temperature, check_values
+        )
+    return TopKLogprobs(*(value.reshape(*lead, *value.shape[1:]) for value in flat))
+
+
+_FIELDS = ("logprobs", "lse", "entropy", "gathered", "row_max", "log_sum")
+
+
+@torch.library.custom_op("dppo_kernels::token_logprobs", mutates_args=())
+def _forward_op(
+    logits: Tensor,
+    ids: Tensor,
+    gather_ids: Tensor | None,
+    row_temperature: Tensor | None,
+    temperature: float,
+    ignore_index: int,
+    inplace_backward: bool,
+    outputs: str,
+    check_values: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if logits.device.type == "cpu" or check_values:
+        _checks.check_values(ids, gather_ids, row_temperature, logits.shape[1], ignore_index)
+    asked = frozenset(outputs.split(","))
+    values = token_logprobs_fwd(
+        logits,
+        ids,
+        gather_ids,
+        temperature if row_temperature is None else row_temperature,
+        ignore_index=ignore_index,
+        outputs=asked,
+    )
+    return _pack(values, asked, logits)
+
+
+@_forward_op.register_fake
+def _(logits: Tensor, ids: Tensor, gather_ids: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    dtype = stat_dtype(logits.dtype)
+    values = {name: logits.new_empty(ids.shape[0], dtype=dtype) for name in _FIELDS if name != "gathered"}
+    if gather_ids is not None:
+        values["gathered"] = logits.new_empty(gather_ids.shape, dtype=dtype)
+    return _pack(values, frozenset(rest[-2].split(",")), logits)
+
+
+def _pack(values: dict[str, Tensor], asked: frozenset[str], like: Tensor) -> Any:
+    empty = like.new_empty(0, dtype=stat_dtype(like.dtype))
+    kept = {name: value for name, value in values.items() if name in asked or name not in OUTPUTS}
+    return tuple(kept[name] if name in kept else empty.clone() for name in _FIELDS)
+
+
+@torch.library.custom_op("dppo_kernels::token_logprobs_backward", mutates_args={"dlogits"})
+def _backward_op(
+    dlogprobs: Tensor | None,
+    dlse: Tensor | None,
+    dentropy: Tensor | None,
+    dgathered: Tensor | None,
+    logits: Tensor | None,
+    ids: Tensor,
+    gather_ids: Tensor | None,
+    row_temperature: Tensor | None,
+    row_max: Tensor,
+    log_sum: Tensor,
+    entropy: Tensor,
+    temperature: float,
+    ignore_index: int,
+    dlogits: Tensor,
+) -> None:
+    """`logits` None means that `dlogits` holds them and is overwritten."""
+    saved = {"row_max": row_max, "log_sum": log_sum}
+    if dentropy is not None:
+        saved["entropy"] = entropy
+    token_logprobs_bwd(
+        dlogits if logits is None else logits,
+        ids,
+        gather_ids,
+        temperature if row_temperature is None else row_temperature,
+        Upstream(dlogprobs, dlse, dentropy, dgathered),
+        saved,
+        ignore_index=ignore_index,
+        dlogits=dlogits,
+    )
+
+
+@_backward_op.register_fake
+def _(*args: Any) -> None:
+    return None
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, ids, gather_ids, row_temperature, temperature, ignore_index, inplace, outputs, _ = inputs
+    values = dict(zip(_FIELDS, output, strict=True))
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(values["row_max"], values["log_sum"])
+    ctx.save_for_backward(logits, ids, gather_ids, row_temperature, values["row_max"], values["log_sum"], values["entropy"])
+    ctx.scalars, ctx.inplace = (temperature, ignore_index), inplace
+    ctx.outputs = outputs.split(",")
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    logits, ids, gather_ids, *rest = ctx.saved_tensors
+    by_name = dict(zip(_FIELDS, grads, strict=True))
+    # A placeholder can be handed a (materialised) gradient under torch.compile; only asked-for outputs count.
+    upstream = [by_name[name] if name in ctx.outputs else None for name in OUTPUTS]
+    upstream.append(None if gather_ids is None else by_name["gathered"])
+    dlogits = logits.detach() if ctx.inplace else torch.empty_like(logits)
+    source = None if ctx.inplace else logits
+    torch.ops.dppo_kernels.token_logprobs_backward(*upstream, source, ids, gather_ids, *rest, *ctx.scalars, dlogits)
+    return (dlogits, *(None,) * 8)
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("dppo_kernels::topk_logprobs", mutates_args=())
+def _topk_op(
+    logits: Tensor, sampled_ids: Tensor, k: int, row_temperature: Tensor | None, temperature: float, check_values: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if logits.device.type == "cpu" or check_values:
+        _check_topk_values(logits, sampled_ids, row_temperature)
+    return topk_logprobs_fwd(logits, sampled_ids, k, temperature if row_temperature is None else row_temperature)
+
+
+@_topk_op.register_fake
+def _(logits: Tensor, sampled_ids: Tensor, k: int, *rest: Any) -> tuple[Tensor, ...]:
+    n, dtype = logits.shape[0], stat_dtype(logits.dtype)
+    columns, rows = logits.new_empty((n, k + 1), dtype=dtype), logits.new_empty(n, dtype=dtype)
+    ids = sampled_ids.new_empty(n, k + 1)
+    return ids, columns, torch.empty_like(ids, dtype=torch.bool), rows, torch.empty_like(rows)
+
+
+def _check_topk_values(logits: Tensor, sampled_ids: Tensor, row_temperature: Tensor | None) -> None:
+    _checks.check_values(sampled_ids, None, row_temperature, logits.shape[1], None, ids_name="sampled_ids")
+
+
+def _views_as_rows(x: Tensor) -> bool:
+    """Whether `x.reshape(-1, V)` is a view: every leading dimension steps over the whole of the next one."""
+    return all(x.stride(i) == x.stride(i + 1) * x.shape[i + 1] for i in range(x.dim() - 2))
+
+
+def _check_arguments(
+    logits: Tensor, ids: Tensor, gather_ids: Tensor | None, temperature: float | Tensor, ids_name: str = "ids"
+) -> None:
+    _checks.check_floating("logits", logits)
+    _checks.check_ids(ids_name, ids)
+    if logits.dim() != ids.dim() + 1 or logits.shape[:-1] != ids.shape:
+        raise ValueError(f"`logits` must be [*{ids_name}.shape, V]; got {list(logits.shape)} for {ids_name} {list(ids.shape)}")
+    _checks.check_device(ids_name, ids, "logits", logits)
+    if gather_ids is not None:
+        _checks.check_gather_ids(gather_ids, ids)
+    _checks.check_temperature(temperature, ids)
