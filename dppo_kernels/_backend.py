@@ -32,8 +32,7 @@ def status() -> dict[str, tuple[bool, str]]:
         "torch": (True, f"tiled torch {torch.__version__}, {torch.get_num_threads()} CPU threads"),
         "triton": (
             False,
-            ("Triton is installed" if triton_found else "Triton is not installed")
-            + ", but this version has no Triton kernels",
+            ("Triton is installed" if triton_found else "Triton is not installed") + ", but this version has no Triton kernels",
         ),
         "cuda": (
             False,

@@ -29,8 +29,8 @@ def divergence(
 ) -> Tensor:
     """Per-token divergence D(mu, pi), detached.
 
-    ``binary_tv``: ``|m - p|``. ``binary_kl``: ``m log(m/p) + (1-m) log((1-m)/(1-p))``. ``topk_tv``: ``sum |mu - pi| / 2`` and ``topk_kl``:
-    ``sum mu log(mu/pi)`` over the kept ids and the bucket ``1 - sum(kept)``. Kept probabilities are not renormalised.
+    ``binary_tv``: ``|m - p|``. ``binary_kl``: ``m log(m/p) + (1-m) log((1-m)/(1-p))``. ``topk_tv``: ``sum |mu - pi| / 2`` and
+    ``topk_kl``: ``sum mu log(mu/pi)`` over the kept ids and the bucket ``1 - sum(kept)``; nothing is renormalised.
 
     Args:
         kind: one of `DIVERGENCES`.

@@ -24,8 +24,8 @@ def log_ratio(logprobs: Tensor, anchor_logprobs: Tensor) -> Tensor:
 def kl_estimate(kind: str, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """Per-token estimate of KL(pi || ref), in nats, from tokens sampled from pi.
 
-    With ``x = logprobs - ref_logprobs``: ``k1 = x`` (unbiased, may be negative), ``k2 = x^2 / 2``, ``k3 = exp(-x) - 1 + x`` (unbiased,
-    never negative). Differentiable; `x` is clamped as in `log_ratio`.
+    With ``x = logprobs - ref_logprobs``: ``k1 = x`` (unbiased, any sign), ``k2 = x^2 / 2`` (biased, >= 0) and
+    ``k3 = exp(-x) - 1 + x`` (unbiased, >= 0). Differentiable; `x` is clamped as in `log_ratio`.
 
     Args:
         kind: "k1", "k2" or "k3".

@@ -119,9 +119,7 @@ PRESETS: Mapping[str, PolicyLossSpec] = MappingProxyType(
         "dr_grpo": PolicyLossSpec("clip", reduction="fixed_length"),
         # dapo, cispo and dppo: the caller's `denominator` is the token count of the optimiser step over all ranks.
         "dapo": PolicyLossSpec("clip", epsilon_high=0.28),
-        "gspo": PolicyLossSpec(
-            "clip", ratio_level="sequence", epsilon_low=3e-4, epsilon_high=4e-4, reduction="sequence_mean"
-        ),
+        "gspo": PolicyLossSpec("clip", ratio_level="sequence", epsilon_low=3e-4, epsilon_high=4e-4, reduction="sequence_mean"),
         "cispo": PolicyLossSpec("cispo", epsilon_high=5.0),
         "sapo": PolicyLossSpec("sapo", reduction="sequence_mean"),
         **{f"dppo_{kind}": _dppo(kind) for kind in DIVERGENCES},
@@ -150,23 +148,25 @@ def policy_loss(
 
     Args:
         logprobs: [B, T] or [N] log-probs of the sampled tokens under the policy being trained.
-        anchor_logprobs: same shape; the policy the ratio is against: the rollout's for DPPO, the trainer's old one for PPO/GRPO.
+        anchor_logprobs: same shape; what the ratio is against: the rollout policy for DPPO, the trainer's old one for PPO.
         advantages: [B] (one per sequence), [B, T] or [N].
         loss_mask: bool, shape of `logprobs`, True = counts. Whatever stands behind it, NaN included, changes nothing.
         spec: the loss, e.g. ``PRESETS["dppo_binary_tv"]``.
         entropy: shape of `logprobs`, nats; needed if ``spec.entropy_coef`` is not 0, else only reported.
         ref_logprobs: shape of `logprobs`; needed if ``spec.beta`` is not 0.
-        topk_logprobs, rollout_topk_logprobs, topk_valid: [..., K+1] as in `divergence`; needed by top-K divergences only.
-        token_weights: shape of `logprobs` or [B, 1], detached; multiplies the surrogate (an importance correction, a token selection).
+        topk_logprobs: [..., K+1] as in `divergence`, like the next two; needed by top-K divergences only.
+        rollout_topk_logprobs: [..., K+1].
+        topk_valid: bool [..., K+1].
+        token_weights: shape of `logprobs` or [B, 1], detached; multiplies the surrogate (importance correction, selection).
         denominator: replaces the reduction's own count, see `aggregate`.
         entropy_denominator: replaces the call's count of active tokens in the mean entropy.
         max_length: for the "fixed_length" reduction.
 
     Returns:
-        Scalar loss, and stats by name: every one counts active tokens. Always "ratio", "ratio_squared", "prob_gap" = |pi - anchor|,
-        "anchor_kl" (k1 of anchor || pi) and "surrogate" (-M r A, comparable across losses); by surrogate "divergence", "masked",
-        "masked_positive", "masked_negative" (by the sign of A; shares of all active tokens), "clipped_low", "clipped_high",
-        "ratio_above_cap"; "ref_kl" and "entropy" where computed.
+        Scalar loss, and stats by name, each over active tokens. Always "ratio", "ratio_squared", "prob_gap" (|pi - anchor|),
+        "anchor_kl" (k1 of anchor || pi) and "surrogate" (-M r A, comparable across losses). By surrogate: "divergence",
+        "masked", "masked_positive", "masked_negative" (by the sign of A, shares of all active tokens), "clipped_low",
+        "clipped_high", "ratio_above_cap". "ref_kl" and "entropy" where their tensors are given.
 
     Raises:
         TypeError, ValueError: wrong dtypes or shapes, or tensors missing that `spec` needs.
@@ -302,7 +302,8 @@ def _check_arguments(
         raise ValueError(f"`logprobs` must be [B, T] or [N], got {list(logprobs.shape)}")
     if logprobs.dim() == 1 and (spec.ratio_level == "sequence" or spec.reduction != "token_mean"):
         raise ValueError(
-            f"ratio_level={spec.ratio_level!r} with reduction={spec.reduction!r} needs [B, T] `logprobs`, got {list(logprobs.shape)}"
+            f"ratio_level={spec.ratio_level!r} with reduction={spec.reduction!r} needs [B, T] `logprobs`, "
+            f"got {list(logprobs.shape)}"
         )
     _checks.check_mask("loss_mask", loss_mask)
     same_shape = {"anchor_logprobs": anchor_logprobs, "loss_mask": loss_mask, "entropy": entropy, "ref_logprobs": ref_logprobs}

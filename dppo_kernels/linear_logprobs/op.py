@@ -42,9 +42,9 @@ def linear_logprobs(
 ) -> LinearLogprobs:
     """Log-probs, entropy and LSE of ``hidden @ weight.T`` at chosen ids, without a tensor of N x V.
 
-    ``z = softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature`` (no soft-cap: ``logit_scale * (h W^T + b) /
-    temperature``); ``logprobs = z[id] - logsumexp(z)``, ``entropy = -sum p log p``. Log-prob, entropy, LSE and gathered log-probs
-    are differentiable in hidden, weight and bias, any subset of which may be frozen.
+    ``z = softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature``; without soft-cap
+    ``z = logit_scale * (h W^T + b) / temperature``. ``logprobs = z[id] - logsumexp(z)``, ``entropy = -sum p log p``. Log-prob,
+    entropy, LSE and gathered log-probs are differentiable in hidden, weight and bias; any of the three may be frozen.
 
     Args:
         hidden: [..., H] hidden states, already shifted: row t predicts ``ids[t]``.
@@ -297,7 +297,7 @@ def _check_arguments(
         raise TypeError(f"`logit_scale` must be a number, got {type(logit_scale).__name__}")
     if softcap is not None:
         _checks.check_positive("softcap", softcap)
-    if isinstance(outputs, str) or not outputs and gather_ids is None:
+    if isinstance(outputs, str) or (not outputs and gather_ids is None):
         raise ValueError(f"`outputs` must be a sequence naming at least one of {', '.join(OUTPUTS)}; got {outputs!r}")
     for output in outputs:
         _checks.check_choice("outputs", output, OUTPUTS)

@@ -1,6 +1,7 @@
 """Definition of the linear log-prob family in plain torch, any float dtype: the oracle every kernel is held to.
 
-    z = softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature      (no softcap: logit_scale * (h W^T + b) / temperature)
+    z = softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature
+    z = logit_scale * (h W^T + b) / temperature                                 (no softcap)
 
 Autograd differentiates it, twice if asked. Row chunks are checkpointed, so that memory is one chunk of logits at a time.
 """

@@ -71,7 +71,7 @@ def token_logprobs(
     Source: online softmax, Milakov & Gimelshein (arXiv 1805.02867).
     """
     _check_arguments(logits, ids, gather_ids, temperature)
-    if isinstance(outputs, str) or not outputs and gather_ids is None:
+    if isinstance(outputs, str) or (not outputs and gather_ids is None):
         raise ValueError(f"`outputs` must be a sequence naming at least one of {', '.join(OUTPUTS)}; got {outputs!r}")
     for output in outputs:
         _checks.check_choice("outputs", output, OUTPUTS)
@@ -160,9 +160,7 @@ def topk_logprobs(
         row_or_scalar = scalar_temperature if row_temperature is None else row_temperature
         flat = topk_logprobs_ref(flat_logits, flat_ids, k, row_or_scalar)
     else:
-        flat = torch.ops.dppo_kernels.topk_logprobs(
-            flat_logits, flat_ids, k, row_temperature, scalar_temperature, check_values
-        )
+        flat = torch.ops.dppo_kernels.topk_logprobs(flat_logits, flat_ids, k, row_temperature, scalar_temperature, check_values)
     return TopKLogprobs(*(value.reshape(*lead, *value.shape[1:]) for value in flat))
 
 
