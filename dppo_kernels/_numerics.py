@@ -26,3 +26,10 @@ def split_temperature(temperature: float | Tensor, dtype: torch.dtype) -> tuple[
     if isinstance(temperature, Tensor):
         return temperature.reshape(-1).to(dtype), 1.0
     return None, float(temperature)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that `torch.autocast` asks for on this device right now, if it is on."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None

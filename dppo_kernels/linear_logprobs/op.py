@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dppo_kernels import _backend, _checks
-from dppo_kernels._numerics import split_temperature, stat_dtype
+from dppo_kernels._numerics import autocast_dtype, split_temperature, stat_dtype
 from dppo_kernels._row_stats import OUTPUTS, Upstream
 from dppo_kernels.linear_logprobs.reference import linear_logprobs_ref
 from dppo_kernels.linear_logprobs.torch_impl import Projection, linear_logprobs_bwd, linear_logprobs_fwd
@@ -75,9 +75,8 @@ def linear_logprobs(
     ids = ids.reshape(-1).long()
     if gather_ids is not None:
         gather_ids = gather_ids.reshape(ids.shape[0], gather_ids.shape[-1]).long()
-    compute_dtype = hidden.dtype
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
-        compute_dtype = torch.get_autocast_dtype(hidden.device.type)
+    autocast = autocast_dtype(hidden.device)
+    compute_dtype = hidden.dtype if autocast is None or hidden.dtype == torch.float64 else autocast
     row_temperature, scalar_temperature = split_temperature(temperature, stat_dtype(compute_dtype))
 
     if name == "reference":
@@ -112,7 +111,7 @@ def linear_logprobs(
             check_values,
         )
         values = dict(zip(_FIELDS, flat, strict=True))
-    wanted = {key: values[key].reshape(*lead, *values[key].shape[1:]) for key in outputs}
+    wanted = {key: values[key].reshape(lead) for key in outputs}
     if gather_ids is not None:
         wanted["gathered"] = values["gathered"].reshape(*lead, gather_ids.shape[1])
     return LinearLogprobs(**{field: wanted.get(field) for field in LinearLogprobs._fields})
@@ -281,8 +280,7 @@ def _check_arguments(
     if weight.dim() != 2:
         raise ValueError(f"`weight` must be [V, H], got shape {list(weight.shape)}")
     _checks.check_shape("hidden", hidden, (*ids.shape, weight.shape[1]), "[*ids.shape, H of `weight`]")
-    autocast = torch.is_autocast_enabled(hidden.device.type)
-    if hidden.dtype != weight.dtype and not autocast:
+    if hidden.dtype != weight.dtype and autocast_dtype(hidden.device) is None:
         raise TypeError(f"`hidden` is {hidden.dtype} and `weight` is {weight.dtype}: cast one, or run under torch.autocast")
     _checks.check_device("weight", weight, "hidden", hidden)
     _checks.check_device("ids", ids, "hidden", hidden)

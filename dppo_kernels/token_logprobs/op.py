@@ -161,7 +161,7 @@ def topk_logprobs(
         flat = topk_logprobs_ref(flat_logits, flat_ids, k, row_or_scalar)
     else:
         flat = torch.ops.dppo_kernels.topk_logprobs(flat_logits, flat_ids, k, row_temperature, scalar_temperature, check_values)
-    return TopKLogprobs(*(value.reshape(*lead, *value.shape[1:]) for value in flat))
+    return TopKLogprobs(*(value.reshape((*lead, *value.shape[1:])) for value in flat))
 
 
 _FIELDS = ("logprobs", "lse", "entropy", "gathered", "row_max", "log_sum")

@@ -1,0 +1,74 @@
+"""Peak memory of the process, measured by the kernel, while scoring a vocabulary whose full logits would be 2.5 GB."""
+
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import torch
+from dppo_kernels import linear_logprobs
+
+def status(key):
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(key))
+
+n, h, v = 4096, 64, 151936
+warm = linear_logprobs(torch.randn(2, h, requires_grad=True), torch.randn(100, h), torch.zeros(2, dtype=torch.long))
+warm.logprobs.sum().backward()  # libraries and thread pools allocate on first use
+hidden, weight = torch.randn(n, h, requires_grad=True), torch.randn(v, h, requires_grad=True)
+ids, gather_ids = torch.randint(0, v, (n,)), torch.randint(0, v, (n, 21))
+with open("/proc/self/clear_refs", "w") as f:
+    f.write("5")  # reset the high-water mark
+before = status("VmRSS")
+out = linear_logprobs(hidden, weight, ids, gather_ids=gather_ids, outputs=("logprobs", "entropy"))
+(out.logprobs.sum() + out.entropy.sum() + out.gathered.sum()).backward()
+gradients = hidden.grad.nbytes + weight.grad.nbytes
+print(status("VmHWM") - before - gradients)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_scoring_peaks_under_400_mb_above_inputs_and_gradients() -> None:
+    result = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    peak = int(result.stdout) / 1e6
+    print(f"peak above inputs and gradients: {peak:.0f} MB")
+    assert 0 < peak < 400, f"{peak:.0f} MB"
+
+
+def test_no_tensor_has_both_rows_and_vocabulary(monkeypatch) -> None:
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from dppo_kernels.linear_logprobs import torch_impl
+
+    n, h, v = 600, 4, 9000
+    largest = 0
+
+    class Census(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(x, torch.Tensor):
+                    largest = max(largest, x.numel())
+            return out
+
+    hidden, weight, ids = torch.randn(n, h), torch.randn(v, h), torch.randint(0, v, (n,))
+    projection = torch_impl.Projection(hidden, weight, None, 1.0, 1.0, 5.0, torch.float32)
+    grad = torch.randn(n)
+    with Census():
+        saved = torch_impl.linear_logprobs_fwd(
+            projection, ids, None, ignore_index=-100, outputs=frozenset(["logprobs", "entropy", "is_top1"])
+        )
+        torch_impl.linear_logprobs_bwd(
+            projection,
+            ids,
+            None,
+            torch_impl.Upstream(grad, None, grad, None),
+            saved,
+            ignore_index=-100,
+            needs=(True, True, False),
+        )
+    assert largest < n * v / 4

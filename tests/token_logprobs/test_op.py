@@ -1,0 +1,271 @@
+"""The ops against the reference: values, gradients, properties, every error, opcheck, compiled."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dppo_kernels import token_logprobs, topk_logprobs
+from dppo_kernels._row_stats import Upstream
+from dppo_kernels.token_logprobs import op, torch_impl
+from tests.numerics import assert_as_exact_as_torch, bit_equal
+from tests.strategies import IGNORE, ScoringCase, scoring_cases
+
+OUTPUTS = ("logprobs", "lse", "entropy")
+HALF = (torch.bfloat16, torch.float16)
+
+
+def run(case: ScoringCase, dtype: torch.dtype, backend: str) -> tuple[dict[str, Tensor], Tensor]:
+    logits = case.logits().to(dtype).requires_grad_()
+    out = token_logprobs(
+        logits,
+        case.ids(),
+        gather_ids=case.gather_ids(),
+        temperature=case.row_temperature(),
+        outputs=OUTPUTS,
+        backend=backend,
+    )
+    values = {name: value for name, value in out._asdict().items() if value is not None}
+    g = torch.Generator().manual_seed(case.seed + 1)
+    loss = sum((value * torch.randn(value.shape, generator=g)).sum() for value in values.values())
+    return values, torch.autograd.grad(loss, logits)[0]
+
+
+@given(scoring_cases(dtypes=(torch.float32, torch.float64, *HALF)))
+def test_as_exact_as_torch(case: ScoringCase) -> None:
+    values, grad = run(case, case.dtype, "torch")
+    exact, exact_grad = run(case, torch.float64, "reference")
+    in_torch, torch_grad = run(case, torch.float64 if case.dtype == torch.float64 else torch.float32, "reference")
+    for name, value in values.items():
+        assert_as_exact_as_torch(name, value, in_torch[name], exact[name])
+    assert_as_exact_as_torch("dlogits", grad, torch_grad.to(case.dtype), exact_grad)
+
+
+@given(scoring_cases())
+def test_entropy_bounds_and_gradient_rows_sum_to_zero(case: ScoringCase) -> None:
+    logits = case.logits().requires_grad_()
+    out = token_logprobs(logits, case.ids(), temperature=case.row_temperature(), outputs=("logprobs", "entropy"))
+    assert (out.entropy >= 0).all()
+    assert (out.entropy <= math.log(case.vocab) + 1e-5).all()
+    (grad,) = torch.autograd.grad(out.logprobs.sum() + out.entropy.sum(), logits)
+    assert (grad.sum(-1).abs() <= 1e-5 * grad.abs().amax(-1).clamp(min=1)).all() if case.rows else True
+
+
+def test_shifting_a_row_of_logits_changes_nothing() -> None:
+    # Multiples of 1/256 and whole shifts below 2^15 are exact in float32, so that not one bit may change.
+    logits = torch.randint(-2000, 2000, (9, 200)) / 256
+    ids, shift = torch.randint(0, 200, (9,)), torch.randint(-1000, 1000, (9, 1)).float()
+    for a, b in zip(
+        token_logprobs(logits, ids, outputs=("logprobs", "entropy"))[:2],
+        token_logprobs(logits + shift, ids, outputs=("logprobs", "entropy"))[:2],
+        strict=True,
+    ):
+        assert bit_equal(a, b)
+    assert bit_equal(topk_logprobs(logits, ids, 5).logprobs, topk_logprobs(logits + shift, ids, 5).logprobs)
+
+
+def test_a_row_has_the_same_bits_in_any_batch() -> None:
+    logits, ids = torch.randn(300, 5000), torch.randint(0, 5000, (300,))
+    whole = token_logprobs(logits, ids, outputs=("logprobs", "entropy"))
+    top = topk_logprobs(logits, ids, 7)
+    for rows in (slice(0, 1), slice(299, 300), slice(100, 203)):
+        part = token_logprobs(logits[rows], ids[rows], outputs=("logprobs", "entropy"))
+        assert bit_equal(part.logprobs, whole.logprobs[rows])
+        assert bit_equal(part.entropy, whole.entropy[rows])
+        for a, b in zip(topk_logprobs(logits[rows], ids[rows], 7), top, strict=True):
+            assert bit_equal(a, b[rows])
+
+
+def test_chunks_do_not_matter(monkeypatch) -> None:
+    logits, ids = torch.randn(10, 30, requires_grad=True), torch.randint(0, 30, (10,))
+
+    def everything() -> list[Tensor]:
+        out = token_logprobs(logits, ids, outputs=("logprobs", "entropy"))
+        return [*out[:2], *torch.autograd.grad(out.logprobs.sum() + out.entropy.sum(), logits), *topk_logprobs(logits, ids, 3)]
+
+    whole = everything()
+    monkeypatch.setattr(torch_impl, "pick_row_chunk", lambda vocab: 3)
+    for a, b in zip(everything(), whole, strict=True):
+        assert bit_equal(a, b)
+
+
+@given(scoring_cases(dtypes=(torch.float32, torch.bfloat16)), st.integers(1, 128))
+def test_topk_equals_reference(case: ScoringCase, k: int) -> None:
+    k = min(k, case.vocab)
+    logits, sampled = case.logits(), case.ids().clamp(min=0)
+    out = topk_logprobs(logits, sampled, k, temperature=case.row_temperature())
+    expected = topk_logprobs(logits, sampled, k, temperature=case.row_temperature(), backend="reference")
+    exact = topk_logprobs(logits.double(), sampled, k, temperature=case.row_temperature(), backend="reference")
+    assert torch.equal(out.ids, expected.ids)
+    assert torch.equal(out.valid, expected.valid)
+    for name in ("logprobs", "sampled_logprobs", "lse"):
+        same_order = torch.equal(exact.ids, expected.ids)  # rounding z / T may merge neighbours into a tie
+        if same_order:
+            assert_as_exact_as_torch(name, getattr(out, name), getattr(expected, name), getattr(exact, name))
+    rows_without_duplicates = [len(set(row[row >= 0].tolist())) == int((row >= 0).sum()) for row in out.ids]
+    assert all(rows_without_duplicates)
+    if case.rows:
+        assert (out.ids == sampled[:, None]).any(1).all()
+
+
+def test_topk_ties_go_to_the_lowest_id() -> None:
+    logits = torch.zeros(2, 1000, dtype=torch.bfloat16)
+    logits[1, 500] = 1
+    out = topk_logprobs(logits, torch.tensor([999, 500]), 4)
+    assert out.ids.tolist() == [[0, 1, 2, 3, 999], [500, 0, 1, 2, -1]]
+    assert out.valid.tolist() == [[True] * 5, [True] * 4 + [False]]
+
+
+def test_topk_with_impossible_tokens_and_nan() -> None:
+    logits = torch.full((2, 9), -torch.inf)
+    logits[:, 3], logits[:, 7] = 1.0, 0.0
+    out = topk_logprobs(logits, torch.tensor([3, 8]), 4)
+    assert out.ids[0, :2].tolist() == [3, 7]
+    assert (out.logprobs[0, 2:4] == -torch.inf).all()
+    assert out.sampled_logprobs[1] == -torch.inf
+    torch.testing.assert_close(out.logprobs[0, :2], torch.log_softmax(torch.tensor([1.0, 0.0]), 0))
+    logits[1, 0] = torch.nan
+    with pytest.raises(ValueError, match="must not hold NaN; row 1 does"):
+        topk_logprobs(logits, torch.tensor([3, 8]), 4)
+
+
+def test_impossible_tokens_have_no_gradient() -> None:
+    logits = torch.randn(3, 8)
+    logits[:, 2] = -torch.inf
+    logits.requires_grad_()
+    out = token_logprobs(logits, torch.tensor([0, 1, 3]), outputs=("logprobs", "entropy"))
+    (grad,) = torch.autograd.grad(out.logprobs.sum() + out.entropy.sum(), logits)
+    assert grad.isfinite().all()
+    assert not grad[:, 2].any()
+
+
+def test_skipped_rows_are_not_read() -> None:
+    logits = torch.randn(4, 8)
+    logits[1] = torch.nan
+    logits.requires_grad_()
+    out = token_logprobs(logits, torch.tensor([0, IGNORE, 3, 4]), outputs=("logprobs", "entropy"))
+    upstream = torch.tensor([1.0, 1.0, 0.0, 1.0])
+    (grad,) = torch.autograd.grad(out.logprobs, logits, upstream)
+    assert not grad[1].any()
+    assert not grad[2].any()
+    assert grad[0].any()
+
+
+@pytest.mark.parametrize("shape", [(5, 30), (2, 5, 30)])
+def test_inplace_backward_overwrites_the_logits(shape: tuple[int, ...]) -> None:
+    source = torch.randn(*shape, requires_grad=True)
+    ids = torch.randint(0, 30, shape[:-1])
+    ids.view(-1)[0] = IGNORE
+    (expected,) = torch.autograd.grad(token_logprobs(source * 1, ids, temperature=0.5).logprobs.sum(), source)
+    logits = source * 1
+    logprobs = token_logprobs(logits, ids, temperature=0.5, inplace_backward=True).logprobs
+    (grad,) = torch.autograd.grad(logprobs.sum(), source)
+    assert torch.equal(grad, expected)
+    assert torch.equal(logits, expected)
+
+
+def test_inplace_backward_is_refused_where_it_would_lose_data() -> None:
+    leaf, ids = torch.randn(4, 8, requires_grad=True), torch.zeros(4, dtype=torch.long)
+    with pytest.raises(ValueError, match="`logits` is a leaf"):
+        token_logprobs(leaf, ids, inplace_backward=True)
+    with pytest.raises(ValueError, match="backend 'reference' has none"):
+        token_logprobs(leaf * 1, ids, inplace_backward=True, backend="reference")
+    transposed = torch.randn(8, 3, 2).permute(2, 1, 0)
+    with pytest.raises(ValueError, match=r"view as \[N, V\]"):
+        token_logprobs(transposed[:, :2], torch.zeros(2, 2, dtype=torch.long), inplace_backward=True)
+
+
+def test_rounding_happens_once_in_half_precision() -> None:
+    logits = torch.randn(6, 50).bfloat16().requires_grad_()
+    ids = torch.randint(0, 50, (6,))
+    (grad,) = torch.autograd.grad(token_logprobs(logits, ids).logprobs.sum(), logits)
+    exact = torch.autograd.grad(
+        token_logprobs(z := logits.detach().double().requires_grad_(), ids, backend="reference").logprobs.sum(), z
+    )[0]
+    assert (grad.double() - exact).abs().max() <= (exact.bfloat16().double() - exact).abs().max() + 1e-6
+
+
+def test_backward_function_fills_a_poisoned_buffer() -> None:
+    logits, ids = torch.randn(6, 20), torch.tensor([0, 1, IGNORE, 3, 4, 5])
+    saved = torch_impl.token_logprobs_fwd(logits, ids, None, 1.0, ignore_index=IGNORE, outputs=frozenset(["logprobs"]))
+    dlogits = torch.full_like(logits, torch.nan)
+    upstream = Upstream(torch.tensor([1.0, 0, 1, 1, 0, 2]), None, None, None)
+    torch_impl.token_logprobs_bwd(logits, ids, None, 1.0, upstream, saved, ignore_index=IGNORE, dlogits=dlogits)
+    assert dlogits.isfinite().all()
+    assert not dlogits[[1, 2, 4]].any()
+
+
+def good_arguments() -> dict:
+    return {"logits": torch.randn(4, 11), "ids": torch.zeros(4, dtype=torch.long)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"logits": None}, TypeError, "`logits` must be a torch.Tensor, got NoneType"),
+        ({"logits": torch.zeros(4, 11, dtype=torch.int32)}, TypeError, "`logits` must have a floating-point dtype"),
+        ({"ids": torch.zeros(4)}, TypeError, "`ids` must hold token ids"),
+        ({"ids": torch.zeros(3, dtype=torch.long)}, ValueError, r"`logits` must be \[\*ids.shape, V\]; got \[4, 11\]"),
+        ({"ids": torch.tensor([0, 1, 11, 2])}, ValueError, r"`ids` must be in \[0, 11\) or -100; got 11 at index \[2\]"),
+        ({"gather_ids": torch.zeros(3, 2, dtype=torch.long)}, ValueError, "`gather_ids` must be"),
+        ({"gather_ids": torch.full((4, 2), 11)}, ValueError, "`gather_ids` must be below 11"),
+        ({"temperature": -1.0}, ValueError, "`temperature` must be positive"),
+        ({"outputs": ("mean_logits",)}, ValueError, "`outputs` must be one of"),
+        ({"outputs": ()}, ValueError, "`outputs` must be a sequence"),
+        ({"backend": "cuda"}, ValueError, "backend='cuda' cannot serve token_logprobs"),
+    ],
+)
+def test_bad_arguments(changes: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        token_logprobs(**{**good_arguments(), **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"k": 0}, ValueError, r"`k` must be in \[1, min\(V, 128\)\] = \[1, 11\], got 0"),
+        ({"k": 12}, ValueError, "got 12"),
+        ({"k": True}, TypeError, "`k` must be an int, got bool"),
+        ({"sampled_ids": torch.tensor([0, 1, -1, 2])}, ValueError, r"`sampled_ids` must be in \[0, 11\); got -1 at index \[2\]"),
+        ({"sampled_ids": torch.zeros(5, dtype=torch.long)}, ValueError, r"`logits` must be \[\*sampled_ids.shape, V\]"),
+    ],
+)
+def test_bad_topk_arguments(changes: dict, error: type[Exception], message: str) -> None:
+    arguments = {"logits": torch.randn(4, 11), "sampled_ids": torch.zeros(4, dtype=torch.long), "k": 3}
+    with pytest.raises(error, match=message):
+        topk_logprobs(**{**arguments, **changes})
+
+
+def test_opcheck() -> None:
+    logits, ids = torch.randn(5, 30, requires_grad=True), torch.randint(0, 30, (5,))
+    gather_ids, per_row = torch.randint(-1, 30, (5, 3)), torch.rand(5) + 0.5
+    for args in (
+        (logits, ids, gather_ids, None, 0.7, IGNORE, False, "logprobs,lse,entropy", False),
+        (logits, ids, None, per_row, 1.0, IGNORE, False, "logprobs", False),
+    ):
+        assert set(torch.library.opcheck(op._forward_op, args).values()) == {"SUCCESS"}
+    assert set(torch.library.opcheck(op._topk_op, (logits.detach(), ids, 4, None, 1.0, False)).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_compiled_equals_eager(inplace: bool) -> None:
+    source, ids, gather_ids = torch.randn(6, 30, requires_grad=True), torch.randint(0, 30, (6,)), torch.randint(0, 30, (6, 2))
+
+    def loss(source: Tensor) -> Tensor:
+        out = token_logprobs(
+            source * 2, ids, gather_ids=gather_ids, outputs=("logprobs", "entropy"), inplace_backward=inplace
+        )
+        return out.logprobs.sum() + out.entropy.square().sum() + out.gathered.mean()
+
+    compiled = torch.compile(loss, fullgraph=True)
+    torch.testing.assert_close(torch.autograd.grad(compiled(source), source), torch.autograd.grad(loss(source), source))
+
+
+def test_compiled_topk_equals_eager() -> None:
+    logits, ids = torch.randn(6, 30), torch.randint(0, 30, (6,))
+    compiled = torch.compile(lambda x: topk_logprobs(x * 2, ids, 4, temperature=0.7), fullgraph=True)
+    for a, b in zip(compiled(logits), topk_logprobs(logits * 2, ids, 4, temperature=0.7), strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,19 @@
+"""Thin trainers on TRL. They need the ``trl`` extra; `dppo_kernels` itself does not."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dppo_kernels.trainers.dppo import DPPOConfig, DPPOTrainer
+
+__all__ = ["DPPOConfig", "DPPOTrainer"]
+
+_MODULES = {"DPPOConfig": "dppo", "DPPOTrainer": "dppo"}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use: `dppo doctor` and the rewards must work where TRL is missing.
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

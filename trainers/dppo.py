@@ -1,0 +1,220 @@
+"""DPPO: GRPO's rollouts and rewards with a trust region on policy divergence (arXiv 2602.04879)."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dppo_kernels import DIVERGENCES, PRESETS, PolicyLossSpec, _checks, policy_loss
+from dppo_kernels.trainers._trl_seam import GRPOConfig, GRPOTrainer
+from dppo_kernels.trainers.metrics import reduce_stats
+from dppo_kernels.trainers.resume import ExactResumeMixin
+from dppo_kernels.trainers.rollout import RolloutCaptureMixin, check_sampling
+from dppo_kernels.trainers.scoring import IGNORE_INDEX, ScoredOutput, install_scoring
+
+# GRPO options that mean nothing here: the loss, its ratio and its correction are DPPO's own.
+_IGNORED = (
+    *("loss_type", "delta", "importance_sampling_level", "off_policy_mask_threshold", "use_adaptive_entropy"),
+    *("sapo_temperature_neg", "sapo_temperature_pos", "vespo_k_pos", "vespo_k_neg", "vespo_lambda_pos", "vespo_lambda_neg"),
+)
+
+# Logged name -> (stat of policy_loss, how it is read).
+_METRICS = {
+    "divergence/mean": ("divergence", "mean"),
+    "divergence/max": ("divergence", "max"),
+    "masked/all": ("masked", "mean"),
+    "masked/positive_advantage": ("masked_positive", "mean"),
+    "masked/negative_advantage": ("masked_negative", "mean"),
+    "prob_gap/mean": ("prob_gap", "mean"),
+    "prob_gap/max": ("prob_gap", "max"),
+    "ratio/mean": ("ratio", "mean"),
+    "ratio/max": ("ratio", "max"),
+    "ratio/above_cap": ("ratio_above_cap", "mean"),
+    "anchor_kl": ("anchor_kl", "mean"),
+    "surrogate": ("surrogate", "mean"),
+    "entropy": ("entropy", "mean"),
+    "kl": ("ref_kl", "mean"),
+}
+
+
+@dataclass
+class DPPOConfig(GRPOConfig):
+    """GRPOConfig with DPPO's trust region; inherited options that DPPO would ignore are refused.
+
+    Args:
+        divergence_type: "binary_tv", "binary_kl", "topk_tv" or "topk_kl".
+        divergence_topk: K of the top-K divergences; the sampled token is added to it. 1 <= K <= min(V, 128).
+        clip_ratio_c: cap C of the ratio that weights the gradient. None = no cap.
+        epsilon: threshold where the advantage is negative. None = the divergence's default (TV .15, KL .05).
+        epsilon_high: threshold where the advantage is positive. None = `epsilon`.
+        disable_dropout: must stay True where the model has dropout: it would make rollout and training policies differ.
+        vllm_importance_sampling_correction: must stay False: DPPO's ratio to the rollout policy already is that correction.
+
+    Raises:
+        ValueError: a setting that DPPO cannot honour, with the reason.
+    """
+
+    divergence_type: str = field(default="binary_tv", metadata={"help": f"One of {', '.join(DIVERGENCES)}."})
+    divergence_topk: int = field(default=20, metadata={"help": "K of the top-K divergences."})
+    clip_ratio_c: float | None = field(default=20.0, metadata={"help": "Cap of the ratio that weights the gradient."})
+    epsilon: float | None = field(default=None, metadata={"help": "Threshold where A < 0 (default: TV .15, KL .05)."})
+    epsilon_high: float | None = field(default=None, metadata={"help": "Threshold where A > 0 (default: epsilon)."})
+    disable_dropout: bool = field(default=True, metadata={"help": "Disable dropout in the model."})
+    vllm_importance_sampling_correction: bool = field(default=False, metadata={"help": "Must stay False."})
+
+    def __post_init__(self) -> None:
+        self.policy_loss_spec()
+        if isinstance(self.divergence_topk, bool) or not 1 <= self.divergence_topk <= 128:
+            raise ValueError(f"`divergence_topk` must be in [1, 128], got {self.divergence_topk}")
+        stock = {f.name: f.default for f in fields(GRPOConfig)}
+        for name in _IGNORED:
+            if getattr(self, name) != stock[name]:
+                raise ValueError(f"`{name}`={getattr(self, name)!r} would be ignored by DPPO: leave it at {stock[name]!r}")
+        if self.top_entropy_quantile < 1.0 and self.entropy_coef:
+            raise ValueError("`top_entropy_quantile` < 1 together with `entropy_coef` is not supported")
+        if self.vllm_importance_sampling_correction:
+            raise ValueError("`vllm_importance_sampling_correction` would correct twice: DPPO's ratio is to the rollout policy")
+        if self.use_vllm:
+            raise ValueError("`use_vllm=True` is not supported yet: rollouts run with transformers")
+        if self.use_transformers_continuous_batching or self.use_transformers_paged:
+            raise ValueError("`use_transformers_continuous_batching` returns no log-probs of the rollout policy")
+        sampling = {name: getattr(self, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
+        check_sampling(sampling, self.temperature)
+        super().__post_init__()
+
+    def policy_loss_spec(self) -> PolicyLossSpec:
+        """The loss these settings describe."""
+        _checks.check_choice("divergence_type", self.divergence_type, DIVERGENCES)
+        preset = PRESETS[f"dppo_{self.divergence_type}"]
+        low = preset.epsilon_low if self.epsilon is None else self.epsilon
+        return preset.replace(
+            epsilon_low=low,
+            epsilon_high=low if self.epsilon_high is None else self.epsilon_high,
+            ratio_cap=self.clip_ratio_c,
+            beta=self.beta,
+            kl_ratio_weighted=self.use_bias_correction_kl,
+            entropy_coef=self.entropy_coef,
+        )
+
+
+class DPPOTrainer(ExactResumeMixin, RolloutCaptureMixin, GRPOTrainer):
+    """GRPOTrainer that masks tokens by the divergence from the rollout policy instead of clipping their ratio.
+
+    Takes GRPOTrainer's arguments; `args` is a `DPPOConfig`. The rollout policy's log-probs are captured while generating and are
+    the only anchor: no old log-probs are recomputed and no further importance correction is applied.
+
+    Raises:
+        TypeError, ValueError: a model or setting that cannot be trained correctly, with the reason.
+    """
+
+    _name = "DPPO"
+    _tag_names = ["trl", "dppo"]  # noqa: RUF012  (TRL's attribute, read-only)
+    _paper = {"title": "Rethinking the Trust Region in LLM Reinforcement Learning", "id": "2602.04879"}  # noqa: RUF012
+
+    def __init__(self, model: Any, reward_funcs: Any = None, args: DPPOConfig | None = None, *rest: Any, **kwargs: Any) -> None:
+        if args is None:
+            args = DPPOConfig("dppo-output")
+        if not isinstance(args, DPPOConfig):
+            raise TypeError(f"`args` must be a DPPOConfig, got {type(args).__name__}")
+        super().__init__(model, reward_funcs, args, *rest, **kwargs)
+        self.spec = args.policy_loss_spec()
+        self.rollout_topk = args.divergence_topk if self.spec.needs_topk else 0
+        self._generation_step = -1  # global step whose weights wrote the buffered rollout
+        base = self._base_model()
+        self._check_model(base)
+        install_scoring(base, temperature=self.temperature, cast_lm_head_to_fp32=args.cast_lm_head_to_fp32)
+
+    def _base_model(self) -> Any:
+        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+
+    def _check_model(self, base: Any) -> None:
+        merged = self.generation_config.to_dict()
+        # generate() fills what is None here from the model's own generation config.
+        merged |= {k: v for k, v in base.generation_config.to_dict().items() if merged.get(k) is None}
+        check_sampling(merged, self.temperature)
+        vocab = base.get_output_embeddings().weight.shape[0]
+        if self.rollout_topk > vocab:
+            raise ValueError(f"`divergence_topk`={self.rollout_topk} exceeds the model's vocabulary of {vocab}")
+        if self._is_vlm:
+            raise ValueError("vision-language models are not supported yet: pass a text model and tokenizer")
+        if self.is_fsdp_enabled or self.accelerator.distributed_type == "DEEPSPEED":
+            raise ValueError("FSDP and DeepSpeed are not supported yet: run on one process or with DDP")
+        dropout = [name for name, module in self.model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
+        if dropout:
+            raise ValueError(f"`disable_dropout=False`, but {dropout[0]} drops: rollout and training policies would differ")
+
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+        reference_is_own_adapter = self.beta != 0.0 and hasattr(self.model, "peft_config")
+        if model is self.model and not reference_is_own_adapter:
+            return None, None, None  # GRPO's recomputed old log-probs: the anchor is the rollout policy, so save that forward
+        return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if self.model.training:
+            self._generation_step = self.state.global_step
+        return super()._generate_and_score_completions(inputs)
+
+    def extra_resume_state(self) -> dict[str, Any]:
+        return {"generation_step": self._generation_step}
+
+    def load_extra_resume_state(self, state: dict[str, Any]) -> None:
+        self._generation_step = state["generation_step"]
+
+    def score(self, model: Any, inputs: dict[str, Any], mask: Tensor) -> ScoredOutput:
+        """Log-probs, entropy and gathered log-probs of the completions under `model`, computed inside its forward."""
+        completion_ids = inputs["completion_ids"]
+        extra = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        with self.accelerator.autocast():
+            return model(
+                input_ids=torch.cat([inputs["prompt_ids"], completion_ids], dim=1),
+                attention_mask=torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+                scored_ids=completion_ids.masked_fill(~mask, IGNORE_INDEX),
+                scored_gather_ids=inputs.get("rollout_topk_ids"),
+                **extra,
+            )
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        mode = "train" if self.model.training else "eval"
+        mask = inputs["completion_mask"].bool()
+        if "tool_mask" in inputs:
+            mask = mask & inputs["tool_mask"].bool()
+        scores = self.score(model, inputs, mask)
+        # GRPO 1.16: active tokens of the generation batch, rescaled to one accumulation window of one process.
+        denominator = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        accumulation = self.current_gradient_accumulation_steps if mode == "train" else 1
+        if mode == "train":
+            denominator = denominator * accumulation / self.args.steps_per_generation
+        weights = None
+        if self.top_entropy_quantile < 1.0:
+            weights = self.get_high_entropy_mask(scores.entropy, mask, 1 - self.top_entropy_quantile).float()
+        loss, stats = policy_loss(
+            scores.logprobs,
+            inputs["sampling_per_token_logps"],
+            inputs["advantages"],
+            mask,
+            spec=self.spec,
+            entropy=scores.entropy,
+            ref_logprobs=inputs.get("ref_per_token_logps"),
+            topk_logprobs=scores.gathered,
+            rollout_topk_logprobs=inputs.get("rollout_topk_logprobs"),
+            topk_valid=inputs.get("rollout_topk_valid"),
+            token_weights=weights,
+            denominator=denominator,
+            entropy_denominator=mask.sum().clamp(min=1) * accumulation,
+        )
+        if scores.aux_loss is not None:
+            loss = loss + self.router_aux_loss_coef * scores.aux_loss / accumulation
+        self._record(mode, stats)
+        return loss
+
+    def _record(self, mode: str, stats: dict[str, Any]) -> None:
+        reduced = reduce_stats(self.accelerator, stats)
+        metrics = self._metrics[mode]
+        for name, (stat, read) in _METRICS.items():
+            if stat in reduced:
+                metrics[name].append(getattr(reduced[stat], read))
+        if mode == "eval" or self.state.global_step == self._generation_step:
+            # The weights have not moved since the rollout, so any gap is the mismatch between the two engines.
+            metrics["engine_mismatch/prob_gap_mean"].append(reduced["prob_gap"].mean)
+            metrics["engine_mismatch/prob_gap_max"].append(reduced["prob_gap"].max)

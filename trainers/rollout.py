@@ -1,0 +1,248 @@
+"""Recording the rollout policy while transformers generates: sampled and top-K log-probs, step by step.
+
+One [B, V] tensor of logits is alive at a time and is reduced to K + 1 columns before the next step. Log-probs are those of
+``logits / temperature`` over the full vocabulary, which is the distribution the tokens were drawn from as long as nothing else
+(top-p, penalties) reshapes it; `check_sampling` refuses what does.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from dppo_kernels import TopKLogprobs, token_logprobs, topk_logprobs
+from dppo_kernels.trainers._trl_seam import pad
+
+# Generation settings that reshape the distribution tokens are drawn from, and the values at which they do nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "do_sample": (None, True),
+    "num_beams": (None, 1),
+    "top_k": (None, 0),
+    "top_p": (None, 1.0),
+    "min_p": (None, 0.0),
+    "top_h": (None,),
+    "typical_p": (None, 1.0),
+    "epsilon_cutoff": (None, 0.0),
+    "eta_cutoff": (None, 0.0),
+    "repetition_penalty": (None, 1.0),
+    "encoder_repetition_penalty": (None, 1.0),
+    "no_repeat_ngram_size": (None, 0),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "min_length": (None, 0),
+    "min_new_tokens": (None, 0),
+    "bad_words_ids": (None,),
+    "sequence_bias": (None,),
+    "suppress_tokens": (None,),
+    "begin_suppress_tokens": (None,),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "exponential_decay_length_penalty": (None,),
+    "guidance_scale": (None, 1, 1.0),
+    "watermarking_config": (None,),
+    "penalty_alpha": (None, 0.0),
+    "dola_layers": (None,),
+    "prompt_lookup_num_tokens": (None,),
+    "assistant_early_exit": (None,),
+}
+
+
+def check_sampling(settings: Mapping[str, Any], temperature: float) -> None:
+    """Refuse generation settings under which the sampler is not ``softmax(logits / temperature)``.
+
+    Raises:
+        ValueError: naming the setting, its value and the neutral one.
+    """
+    for name, neutral in _NEUTRAL.items():
+        if name in settings and settings[name] not in neutral:
+            raise ValueError(
+                f"`{name}`={settings[name]!r} reshapes the sampling distribution, but ratios and divergences compare full-vocabulary "
+                f"log-probs: every ratio would be biased even on unchanged weights. Set it to {neutral[-1]!r}."
+            )
+    if settings.get("temperature", temperature) not in (None, temperature):
+        raise ValueError(
+            f"generation runs at temperature {settings['temperature']}, training at {temperature}: set `temperature` in one place"
+        )
+
+
+class CapturedLogprob(float):
+    """A sampled token's log-prob that remembers its row in the store of top-K columns.
+
+    TRL slices, concatenates and interleaves the lists of log-probs (tool turns, truncation); carrying the row number in the
+    list keeps columns and tokens aligned through all of it. Tokens the policy did not write are plain floats.
+    """
+
+    row: int
+
+    def __new__(cls, value: float, row: int) -> "CapturedLogprob":
+        captured = super().__new__(cls, value)
+        captured.row = row
+        return captured
+
+
+class RolloutStore:
+    """Top-K columns of all tokens of one call of `generate and score`, one row per token."""
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []  # ids, logprobs, valid, each [rows, K+1]
+        self._rows = 0
+
+    def add(self, ids: Tensor, logprobs: Tensor, valid: Tensor) -> int:
+        """Append rows; returns the number of the first."""
+        first, self._rows = self._rows, self._rows + ids.shape[0]
+        self._parts.append((ids, logprobs, valid))
+        return first
+
+    def columns(
+        self, logprobs: Sequence[Sequence[float]], width: int, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """ids, logprobs, valid [B, width, K+1] for per-token lists of (captured) log-probs; others get id -1, valid False."""
+        rows = torch.full((len(logprobs), width), -1, dtype=torch.long)
+        for b, sequence in enumerate(logprobs):
+            rows[b, : len(sequence)] = torch.tensor([getattr(value, "row", -1) for value in sequence], dtype=torch.long)
+        rows = rows.to(device)
+        captured = (rows >= 0)[..., None]
+        ids, values, valid = (torch.cat(parts).to(device)[rows.clamp(min=0)] for parts in zip(*self._parts, strict=True))
+        return ids.masked_fill(~captured, -1), values.masked_fill(~captured, 0.0), valid & captured
+
+
+class _StepCapture:
+    """Sees the logits of each step as a logits processor, and the token drawn from them as a stopping criterion."""
+
+    def __init__(self, k: int, temperature: float) -> None:
+        self.k, self.temperature = k, temperature
+        self.logits: Tensor | None = None
+        self.sampled: list[Tensor] = []  # [B] per step
+        self.topk: list[TopKLogprobs] = []
+
+    def record(self, sampled_ids: Tensor) -> None:
+        if self.logits is None:
+            raise RuntimeError("generate() drew a token without calling its logits processors")
+        if self.k:
+            top = topk_logprobs(self.logits, sampled_ids, self.k, temperature=self.temperature)
+            self.topk.append(top)
+            self.sampled.append(top.sampled_logprobs)
+        else:
+            logprobs = token_logprobs(self.logits, sampled_ids, temperature=self.temperature).logprobs
+            self.sampled.append(logprobs)  # type: ignore[arg-type]
+        self.logits = None
+
+
+class _SeeLogits(LogitsProcessor):
+    def __init__(self, capture: _StepCapture) -> None:
+        self.capture = capture
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.capture.logits = scores
+        return scores
+
+
+class _SeeSample(StoppingCriteria):
+    def __init__(self, capture: _StepCapture) -> None:
+        self.capture = capture
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.capture.record(input_ids[:, -1])
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+@contextlib.contextmanager
+def _captured_generate(model: Any, capture: _StepCapture) -> Iterator[None]:
+    """Shadow ``model.generate`` with one that lets `capture` look on."""
+    model.generate = functools.partial(
+        model.generate,
+        logits_processor=LogitsProcessorList([_SeeLogits(capture)]),
+        stopping_criteria=StoppingCriteriaList([_SeeSample(capture)]),
+    )
+    try:
+        yield
+    finally:
+        del model.generate
+
+
+class RolloutCaptureMixin:
+    """Put before GRPOTrainer in the bases: rollouts come back with the sampler's log-probs.
+
+    Adds to the dict of `_generate_and_score_completions`: ``sampling_per_token_logps`` [B, T] and, where `rollout_topk` > 0,
+    ``rollout_topk_ids``, ``rollout_topk_logprobs``, ``rollout_topk_valid`` [B, T, K+1]. Memory beyond generation is O(B T K).
+    """
+
+    rollout_topk: int = 0  # K; 0 = the sampled token's log-prob only
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple[list[list[int]], list[list[float]]]:
+        capture = _StepCapture(self.rollout_topk, self.temperature)
+        with _captured_generate(self.accelerator.unwrap_model(self.model_wrapped), capture):
+            completion_ids, _ = super()._generate_single_turn(*args, **kwargs)  # type: ignore[misc]
+        sampled = torch.stack(capture.sampled, 1)  # [B, steps]
+        steps, first = sampled.shape[1], 0
+        if self.rollout_topk:
+            columns = (torch.stack([getattr(top, name) for top in capture.topk], 1) for name in ("ids", "logprobs", "valid"))
+            first = self._rollout_store.add(*(column.flatten(0, 1) for column in columns))
+        logprobs = [
+            [CapturedLogprob(value, first + b * steps + t) for t, value in enumerate(row[: len(ids)])]
+            for b, (ids, row) in enumerate(zip(completion_ids, sampled.tolist(), strict=True))
+        ]
+        return completion_ids, logprobs  # type: ignore[return-value]
+
+    def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
+        self._rollout_store = RolloutStore(self.rollout_topk)
+        generated = super()._generate(prompts)  # type: ignore[misc]
+        _, completion_ids, _, _, logprobs, extra_fields, *_ = generated
+        if logprobs is None:
+            raise ValueError("the rollout returned no log-probs; the trust region is measured against them")
+        if self.rollout_topk and self.rollout_func is not None:
+            logprobs = store_custom_rollout(self._rollout_store, completion_ids, logprobs, extra_fields)
+        self._rollout_logprobs = logprobs
+        return generated
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        if self.rollout_topk:
+            completion_ids = output["completion_ids"]
+            columns = self._rollout_store.columns(self._rollout_logprobs, completion_ids.shape[1], completion_ids.device)
+            names = ("rollout_topk_ids", "rollout_topk_logprobs", "rollout_topk_valid")
+            output.update(zip(names, columns, strict=True))
+        del self._rollout_store, self._rollout_logprobs
+        return output
+
+
+def store_custom_rollout(
+    store: RolloutStore,
+    completion_ids: Sequence[Sequence[int]],
+    logprobs: Sequence[Sequence[float]],
+    extra_fields: dict[str, Any],
+) -> list[list[CapturedLogprob]]:
+    """Take ``topk_token_ids`` and ``topk_logprobs`` of a `rollout_func` into the store, the sampled token injected.
+
+    Both are lists [B][T][<= K+1], by completion token. They are removed from `extra_fields`, which go to reward functions.
+
+    Raises:
+        ValueError: a field is missing or does not match the completions.
+    """
+    missing = [name for name in ("topk_token_ids", "topk_logprobs") if name not in extra_fields]
+    if missing:
+        raise ValueError(f"top-K divergences need `{'` and `'.join(missing)}` from `rollout_func`, one list per completion token")
+    topk_ids, topk_logprobs_ = extra_fields.pop("topk_token_ids"), extra_fields.pop("topk_logprobs")
+    captured = []
+    for b, (ids, sampled) in enumerate(zip(completion_ids, logprobs, strict=True)):
+        if not len(topk_ids[b]) == len(topk_logprobs_[b]) == len(sampled) == len(ids):
+            raise ValueError(
+                f"`rollout_func` returned {len(ids)} tokens, {len(sampled)} log-probs, {len(topk_ids[b])} rows of "
+                f"`topk_token_ids` and {len(topk_logprobs_[b])} rows of `topk_logprobs` for completion {b}"
+            )
+        rows = []
+        for t, token in enumerate(ids):
+            row = dict(zip(topk_ids[b][t], topk_logprobs_[b][t], strict=True))  # by id: engines repeat the sampled token
+            row.setdefault(token, sampled[t])
+            if len(row) > store.k + 1:
+                raise ValueError(f"`topk_token_ids` of completion {b}, token {t} holds more than K = {store.k} ids")
+            rows.append(row)
+        id_rows = pad([*(torch.tensor(list(row)) for row in rows), torch.zeros(store.k + 1, dtype=torch.long)], padding_value=-1)
+        value_rows = pad([*(torch.tensor(list(row.values())) for row in rows), torch.zeros(store.k + 1)])
+        first = store.add(id_rows[:-1], value_rows[:-1], id_rows[:-1] >= 0)
+        captured.append([CapturedLogprob(value, first + t) for t, value in enumerate(sampled)])
+    return captured

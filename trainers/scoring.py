@@ -1,0 +1,110 @@
+"""Scoring inside the model's forward: ``model(..., scored_ids=...)`` returns log-probs instead of logits.
+
+The head is applied inside the (possibly wrapped) forward, so that DDP sees every parameter used and autocast applies. Calls
+without `scored_ids` (generation, TRL's own scoring) run the forward that was there before.
+"""
+
+import functools
+import inspect
+import types
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from dppo_kernels import linear_logprobs
+
+IGNORE_INDEX = -100
+
+
+@dataclass
+class ScoredOutput(ModelOutput):
+    """Per-token statistics of the scored positions."""
+
+    logprobs: Tensor | None = None  # [B, T]; 0 where ignored
+    entropy: Tensor | None = None  # [B, T]
+    gathered: Tensor | None = None  # [B, T, K]
+    aux_loss: Tensor | None = None  # scalar, mixture-of-experts load balancing
+
+
+def logit_transform(config: PretrainedConfig) -> tuple[float | None, float]:
+    """(soft-cap, scale) that the model applies between its head and the logits."""
+    text = config.get_text_config()
+    softcap = getattr(text, "final_logit_softcapping", None)
+    # Cohere / Muse Glimmer / Falcon-H1 multiply the logits, Granite and MiniCPM3 divide them, HyperCLOVA X multiplies.
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(text, name, None) is not None:
+            return softcap, float(getattr(text, name))
+    scaling = getattr(text, "logits_scaling", None)
+    if scaling is None:
+        return softcap, 1.0
+    return softcap, float(scaling if text.model_type == "hyperclovax" else 1 / scaling)
+
+
+def install_scoring(model: PreTrainedModel, *, temperature: float, cast_lm_head_to_fp32: bool = False) -> None:
+    """Teach ``model.forward`` (a causal LM, without PEFT or DDP wrapper) the keywords `scored_ids` and `scored_gather_ids`.
+
+    Args:
+        model: patched in place.
+        temperature: divides the logits, as in the rollout.
+        cast_lm_head_to_fp32: run the head in float32, outside autocast.
+
+    The patched forward scores the last T positions of its input. `scored_ids` [B, T] are the ids at those positions (-100 =
+    ignore); `scored_gather_ids` [B, T, K] are further ids to score there (negative = padding).
+    """
+    previous_forward = model.forward
+    softcap, logit_scale = logit_transform(model.config)
+    accepts_positions = "position_ids" in inspect.signature(type(model).forward).parameters
+
+    # generate() validates its keywords against the class's signature, which `wraps` preserves.
+    @functools.wraps(type(model).forward)
+    def forward(
+        self: PreTrainedModel,
+        *args: Any,
+        scored_ids: Tensor | None = None,
+        scored_gather_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if scored_ids is None:
+            return previous_forward(*args, **kwargs)
+        if accepts_positions and "position_ids" not in kwargs:
+            # What generate() uses on left-padded rows; models with absolute positions are wrong without it.
+            kwargs["position_ids"] = (kwargs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        backbone = self.base_model(*args, **kwargs, use_cache=False)
+        head = self.get_output_embeddings()
+        hidden = backbone.last_hidden_state[:, -scored_ids.shape[1] - 1 : -1].to(head.weight.device)
+        precision: Any = nullcontext()
+        if cast_lm_head_to_fp32:
+            hidden, precision = hidden.float(), torch.autocast(hidden.device.type, enabled=False)
+        with precision:
+            scores = linear_logprobs(
+                hidden,
+                head.weight,
+                scored_ids,
+                bias=head.bias,
+                gather_ids=scored_gather_ids,
+                temperature=temperature,
+                logit_scale=logit_scale,
+                softcap=softcap,
+                ignore_index=IGNORE_INDEX,
+                outputs=("logprobs", "entropy"),
+            )
+        aux_loss = None
+        if kwargs.get("output_router_logits"):
+            aux_loss = _load_balancing_loss(self.config, backbone.router_logits, kwargs.get("attention_mask"))
+        return ScoredOutput(logprobs=scores.logprobs, entropy=scores.entropy, gathered=scores.gathered, aux_loss=aux_loss)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _load_balancing_loss(config: PretrainedConfig, router_logits: Any, attention_mask: Tensor | None) -> Tensor:
+    # The one function every mixture-of-experts model of transformers takes its loss from.
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    text = config.get_text_config()
+    experts = text.num_experts if hasattr(text, "num_experts") else text.num_local_experts
+    return load_balancing_loss_func(router_logits, experts, text.num_experts_per_tok, attention_mask)
