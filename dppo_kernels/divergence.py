@@ -75,7 +75,7 @@ def divergence(
     if kind == "topk_tv":
         return (((m - p).abs().sum(-1) + (other_m - other_p).abs()) / 2).to(dtype)
     kept = torch.where(m > 0, m * (log_m - log_p), 0.0).sum(-1)
-    return (kept + other_m * (other_m / other_p).log()).to(dtype)
+    return (kept + other_m * (other_m / other_p).log()).clamp(min=0.0).to(dtype)
 
 
 @torch.no_grad()

@@ -1,0 +1,89 @@
+"""The dependency arrows of the package: an import that points back fails."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Lower numbers know nothing of higher ones; within one number only the same family.
+FAMILIES = ("linear_logprobs", "token_logprobs")
+RANKS = {
+    "_": 0,
+    "reference": 1,
+    "estimators": 1,
+    "aggregate": 1,
+    "torch_impl": 2,
+    "op": 3,
+    "divergence": 4,
+    "policy": 5,
+    "__init__": 6,
+    "trainers": 7,
+    "trainers.cli": 8,
+}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for folder, package in ((ROOT / "dppo_kernels", "dppo_kernels"), (ROOT / "trainers", "dppo_kernels.trainers")):
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            found[".".join((package, *parts)).removesuffix(".__init__")] = path
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute module names imported anywhere in the file, also inside functions."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            base = node.module or ""
+            names |= {f"{base}.{alias.name}" if f"{base}.{alias.name}" in modules() else base for alias in node.names}
+    return names
+
+
+def rank(module: str) -> int:
+    if module == "dppo_kernels":
+        return RANKS["__init__"]
+    parts = module.removeprefix("dppo_kernels.").split(".")
+    if parts[0] == "trainers":
+        return RANKS["trainers.cli"] if parts[-1] == "cli" else RANKS["trainers"]
+    if parts[0] in FAMILIES:
+        return RANKS["op"] if len(parts) == 1 else RANKS["_" if parts[1].startswith("_") else parts[1]]
+    return RANKS["_" if parts[0].startswith("_") else parts[0]]
+
+
+@pytest.mark.parametrize("module", modules())
+def test_imports_point_one_way(module: str) -> None:
+    for name in imports(modules()[module]):
+        if name.startswith("dppo_kernels") and name != module:
+            assert rank(name) <= rank(module), f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("module", [m for m in modules() if not m.startswith("dppo_kernels.trainers")])
+def test_the_core_knows_only_torch(module: str) -> None:
+    allowed = {"dppo_kernels", "torch", *sys.stdlib_module_names}
+    third_party = {name.split(".")[0] for name in imports(modules()[module])} - allowed
+    assert not third_party, f"{module} imports {third_party}"
+
+
+@pytest.mark.parametrize("module", [m for m in modules() if m.endswith("reference")])
+def test_references_import_no_kernels(module: str) -> None:
+    assert not any("triton" in name or "torch_impl" in name for name in imports(modules()[module]))
+
+
+def test_only_the_seam_reads_private_names_of_trl() -> None:
+    for module, path in modules().items():
+        if not module.endswith("_trl_seam"):
+            assert not [name for name in imports(path) if name.startswith("trl.")], module
+
+
+def test_files_hold_one_idea() -> None:
+    tracked = [p for folder in ("dppo_kernels", "trainers", "tests", "benchmarks") for p in (ROOT / folder).rglob("*.py")]
+    long = {str(p.relative_to(ROOT)): n for p in tracked if (n := len(p.read_text().splitlines())) > 600}
+    assert not long
