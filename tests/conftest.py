@@ -2,8 +2,9 @@
 
 import os
 
-# The Triton interpreter and BLAS fight over threads; fixed thread counts also keep CPU results reproducible.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Read when torch loads. Spinning OpenMP workers starve everything else on a machine with few cores: 20x slower if it is shared.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the Triton interpreter and BLAS fight over threads
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

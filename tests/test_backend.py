@@ -17,7 +17,7 @@ def test_environment_is_overruled_by_the_argument(monkeypatch) -> None:
     assert _backend.resolve("linear_logprobs", None) == "reference"
     assert _backend.resolve("linear_logprobs", "torch") == "torch"
     monkeypatch.setenv("DPPO_KERNELS_BACKEND", "fastest")
-    with pytest.raises(ValueError, match="`DPPO_KERNELS_BACKEND` must be one of 'auto'.*got 'fastest'"):
+    with pytest.raises(ValueError, match=r"`DPPO_KERNELS_BACKEND` must be one of 'auto'.*got 'fastest'"):
         _backend.resolve("linear_logprobs", None)
 
 

@@ -1,4 +1,4 @@
-"""Hand-checkable cases agreed with public reference implementations; every id is asserted here or named with what will bring it."""
+"""Hand-checkable cases agreed with public implementations; every id is asserted here or named with what will bring it."""
 
 import json
 import math
@@ -259,7 +259,9 @@ def clip_higher(x: dict, y: dict, dtype: torch.dtype) -> None:
     for name, suffix in (("dapo", "high"), ("ppo", "sym")):
         logprobs = torch.tensor([math.log(x["ratio"])], dtype=dtype, requires_grad=True)
         zero = torch.zeros(1, dtype=dtype)
-        loss, _ = policy_loss(logprobs, zero, torch.tensor([x["adv"]], dtype=dtype), zero.bool().logical_not(), spec=PRESETS[name])
+        loss, _ = policy_loss(
+            logprobs, zero, torch.tensor([x["adv"]], dtype=dtype), zero.bool().logical_not(), spec=PRESETS[name]
+        )
         close(loss.detach(), y[f"loss_{suffix}"], dtype)
         assert bool(torch.autograd.grad(loss, logprobs)[0].any()) == y[f"grad_flows_{suffix}"]
 

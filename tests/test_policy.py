@@ -202,7 +202,9 @@ def test_micro_batches_with_a_global_denominator_are_one_batch(seed: int, name: 
     denominator = {"token_mean": x["loss_mask"].sum().clamp(min=1), "sequence_mean": 4, "fixed_length": 24}[spec.reduction]
     whole, grad = loss_and_grad(spec, x)
     parts = [
-        loss_and_grad(spec, {k: v[rows].detach().requires_grad_(k == "logprobs") for k, v in x.items()}, denominator=denominator)
+        loss_and_grad(
+            spec, {k: v[rows].detach().requires_grad_(k == "logprobs") for k, v in x.items()}, denominator=denominator
+        )
         for rows in (slice(0, 1), slice(1, 4))
     ]
     torch.testing.assert_close(sum(loss for loss, _ in parts), whole)
@@ -258,7 +260,9 @@ def test_statistics_by_hand() -> None:
     p = torch.tensor([[0.6, 0.5, 0.7], [0.3, 0.3, 0.9]])
     m = torch.tensor([[0.5, 0.1, 0.8], [0.3, 0.6, 0.9]])
     mask = torch.tensor([[True, True, True], [True, True, False]])
-    _, stats = policy_loss(p.log(), m.log(), torch.tensor([1.0, -2.0]), mask, spec=PRESETS["dppo_binary_tv"].replace(ratio_cap=4))
+    _, stats = policy_loss(
+        p.log(), m.log(), torch.tensor([1.0, -2.0]), mask, spec=PRESETS["dppo_binary_tv"].replace(ratio_cap=4)
+    )
     assert all(stat.count == 5 for stat in stats.values())
     assert stats["masked"].sum == 2
     assert stats["masked_positive"].sum == 1

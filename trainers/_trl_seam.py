@@ -34,8 +34,7 @@ def check_versions() -> None:
             found = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             raise ImportError(
-                f"dppo_kernels.trainers needs {package}>={low},<{high}, which is not installed: "
-                "pip install 'dppo-kernels[trl]'"
+                f"dppo_kernels.trainers needs {package}>={low},<{high}, which is not installed: pip install 'dppo-kernels[trl]'"
             ) from None
         if not Version(low) <= Version(found) < Version(high):
             raise ImportError(f"dppo_kernels.trainers was tested with {package}>={low},<{high}; found {package} {found}")

@@ -101,8 +101,8 @@ class DPPOConfig(GRPOConfig):
 class DPPOTrainer(ExactResumeMixin, RolloutCaptureMixin, GRPOTrainer):
     """GRPOTrainer that masks tokens by the divergence from the rollout policy instead of clipping their ratio.
 
-    Takes GRPOTrainer's arguments; `args` is a `DPPOConfig`. The rollout policy's log-probs are captured while generating and are
-    the only anchor: no old log-probs are recomputed and no further importance correction is applied.
+    Takes GRPOTrainer's arguments; `args` is a `DPPOConfig`. The rollout policy's log-probs are captured while generating and
+    are the only anchor: no old log-probs are recomputed and no further importance correction is applied.
 
     Raises:
         TypeError, ValueError: a model or setting that cannot be trained correctly, with the reason.

@@ -59,12 +59,12 @@ def check_sampling(settings: Mapping[str, Any], temperature: float) -> None:
     for name, neutral in _NEUTRAL.items():
         if name in settings and settings[name] not in neutral:
             raise ValueError(
-                f"`{name}`={settings[name]!r} reshapes the sampling distribution, but ratios and divergences compare full-vocabulary "
-                f"log-probs: every ratio would be biased even on unchanged weights. Set it to {neutral[-1]!r}."
+                f"`{name}`={settings[name]!r} reshapes the sampling distribution, but ratios and divergences compare "
+                f"full-vocabulary log-probs: every ratio would be biased even on unchanged weights. Set it to {neutral[-1]!r}."
             )
     if settings.get("temperature", temperature) not in (None, temperature):
         raise ValueError(
-            f"generation runs at temperature {settings['temperature']}, training at {temperature}: set `temperature` in one place"
+            f"generation runs at temperature {settings['temperature']}, training at {temperature}: set `temperature` only"
         )
 
 
@@ -97,9 +97,7 @@ class RolloutStore:
         self._parts.append((ids, logprobs, valid))
         return first
 
-    def columns(
-        self, logprobs: Sequence[Sequence[float]], width: int, device: torch.device
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def columns(self, logprobs: Sequence[Sequence[float]], width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """ids, logprobs, valid [B, width, K+1] for per-token lists of (captured) log-probs; others get id -1, valid False."""
         rows = torch.full((len(logprobs), width), -1, dtype=torch.long)
         for b, sequence in enumerate(logprobs):
@@ -225,7 +223,9 @@ def store_custom_rollout(
     """
     missing = [name for name in ("topk_token_ids", "topk_logprobs") if name not in extra_fields]
     if missing:
-        raise ValueError(f"top-K divergences need `{'` and `'.join(missing)}` from `rollout_func`, one list per completion token")
+        raise ValueError(
+            f"top-K divergences need `{'` and `'.join(missing)}` from `rollout_func`, one list per completion token"
+        )
     topk_ids, topk_logprobs_ = extra_fields.pop("topk_token_ids"), extra_fields.pop("topk_logprobs")
     captured = []
     for b, (ids, sampled) in enumerate(zip(completion_ids, logprobs, strict=True)):
@@ -241,7 +241,9 @@ def store_custom_rollout(
             if len(row) > store.k + 1:
                 raise ValueError(f"`topk_token_ids` of completion {b}, token {t} holds more than K = {store.k} ids")
             rows.append(row)
-        id_rows = pad([*(torch.tensor(list(row)) for row in rows), torch.zeros(store.k + 1, dtype=torch.long)], padding_value=-1)
+        id_rows = pad(
+            [*(torch.tensor(list(row)) for row in rows), torch.zeros(store.k + 1, dtype=torch.long)], padding_value=-1
+        )
         value_rows = pad([*(torch.tensor(list(row.values())) for row in rows), torch.zeros(store.k + 1)])
         first = store.add(id_rows[:-1], value_rows[:-1], id_rows[:-1] >= 0)
         captured.append([CapturedLogprob(value, first + t) for t, value in enumerate(sampled)])

@@ -37,9 +37,7 @@ def run(case: ScoringCase, dtype: torch.dtype, backend: str) -> tuple[dict[str, 
     )
     values = {name: value for name, value in out._asdict().items() if value is not None}
     g = torch.Generator().manual_seed(case.seed + 1)
-    loss = sum(
-        (values[name] * torch.randn(values[name].shape, generator=g)).sum() for name in DIFFERENTIABLE if name in values
-    )
+    loss = sum((values[name] * torch.randn(values[name].shape, generator=g)).sum() for name in DIFFERENTIABLE if name in values)
     used = {name: leaf for name, leaf in zip(("hidden", "weight", "bias"), leaves, strict=True) if leaf is not None}
     return values, dict(zip(used, torch.autograd.grad(loss, list(used.values())), strict=True))
 
@@ -83,8 +81,6 @@ def test_tiles_do_not_matter(case: ScoringCase, tile: tuple[int, int]) -> None:
         torch.testing.assert_close(tiled[name], value, rtol=1e-9, atol=1e-9)
     for name, grad in whole_grads.items():
         torch.testing.assert_close(tiled_grads[name], grad, rtol=1e-9, atol=1e-9)
-
-
 
 
 def test_permuting_rows_commutes() -> None:
@@ -183,7 +179,9 @@ def test_bias_of_minus_infinity_is_an_impossible_token() -> None:
         hidden, weight, torch.tensor([0, 1, 3, 4]), bias=bias, gather_ids=gather_ids, outputs=("logprobs", "entropy")
     )
     without = torch.tensor([i for i in range(11) if i != 2])
-    kept = linear_logprobs(hidden, weight[without], torch.tensor([0, 1, 2, 3]), bias=bias[without], outputs=("logprobs", "entropy"))
+    kept = linear_logprobs(
+        hidden, weight[without], torch.tensor([0, 1, 2, 3]), bias=bias[without], outputs=("logprobs", "entropy")
+    )
     torch.testing.assert_close(out.logprobs, kept.logprobs)
     torch.testing.assert_close(out.entropy, kept.entropy)
     assert (out.gathered[:, 0] == -torch.inf).all()
@@ -260,7 +258,11 @@ def good_arguments() -> dict:
         ({"weight": torch.randn(VOCAB)}, ValueError, r"`weight` must be \[V, H\]"),
         ({"hidden": torch.randn(ROWS, 7)}, ValueError, r"`hidden` must have shape .* = \[4, 8\], got \[4, 7\]"),
         ({"ids": torch.zeros(3, dtype=torch.long)}, ValueError, r"`hidden` must have shape .* = \[3, 8\], got \[4, 8\]"),
-        ({"weight": torch.randn(VOCAB, HIDDEN).bfloat16()}, TypeError, "`hidden` is torch.float32 and `weight` is torch.bfloat16"),
+        (
+            {"weight": torch.randn(VOCAB, HIDDEN).bfloat16()},
+            TypeError,
+            "`hidden` is torch.float32 and `weight` is torch.bfloat16",
+        ),
         ({"bias": torch.randn(3)}, ValueError, r"`bias` must have shape \[V\] = \[11\], got \[3\]"),
         ({"gather_ids": torch.zeros(ROWS, dtype=torch.long)}, ValueError, "`gather_ids` must be"),
         ({"gather_ids": torch.full((ROWS, 2), VOCAB)}, ValueError, r"`gather_ids` must be below 11 .*got 11 at index \[0, 0\]"),

@@ -229,7 +229,11 @@ def test_bad_arguments(changes: dict, error: type[Exception], message: str) -> N
         ({"k": 0}, ValueError, r"`k` must be in \[1, min\(V, 128\)\] = \[1, 11\], got 0"),
         ({"k": 12}, ValueError, "got 12"),
         ({"k": True}, TypeError, "`k` must be an int, got bool"),
-        ({"sampled_ids": torch.tensor([0, 1, -1, 2])}, ValueError, r"`sampled_ids` must be in \[0, 11\); got -1 at index \[2\]"),
+        (
+            {"sampled_ids": torch.tensor([0, 1, -1, 2])},
+            ValueError,
+            r"`sampled_ids` must be in \[0, 11\); got -1 at index \[2\]",
+        ),
         ({"sampled_ids": torch.zeros(5, dtype=torch.long)}, ValueError, r"`logits` must be \[\*sampled_ids.shape, V\]"),
     ],
 )
@@ -255,9 +259,7 @@ def test_compiled_equals_eager(inplace: bool) -> None:
     source, ids, gather_ids = torch.randn(6, 30, requires_grad=True), torch.randint(0, 30, (6,)), torch.randint(0, 30, (6, 2))
 
     def loss(source: Tensor) -> Tensor:
-        out = token_logprobs(
-            source * 2, ids, gather_ids=gather_ids, outputs=("logprobs", "entropy"), inplace_backward=inplace
-        )
+        out = token_logprobs(source * 2, ids, gather_ids=gather_ids, outputs=("logprobs", "entropy"), inplace_backward=inplace)
         return out.logprobs.sum() + out.entropy.square().sum() + out.gathered.mean()
 
     compiled = torch.compile(loss, fullgraph=True)

@@ -1,0 +1,340 @@
+"""DPPOTrainer: its loss against full logits and against stock TRL, and the settings users combine."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from trl import GRPOConfig, GRPOTrainer
+
+from dppo_kernels import DIVERGENCES
+from dppo_kernels.trainers import DPPOTrainer
+from dppo_kernels.trainers.resume import ExactResumeMixin
+from dppo_kernels.trainers.rollout import RolloutCaptureMixin
+from tests.trainers.conftest import history, small_config, weights
+
+
+class Recording(DPPOTrainer):
+    """Keeps every micro-batch with its loss and the weights it was computed with."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.recorded: list[dict[str, Any]] = []
+        super().__init__(*args, **kwargs)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        loss = super()._compute_loss(model, inputs)
+        state = {name: p.detach().clone() for name, p in self.model.state_dict().items()}
+        self.recorded.append({"inputs": dict(inputs), "loss": loss.detach().clone(), "state": state})
+        return loss
+
+
+def loss_from_full_logits(trainer: Recording, record: dict[str, Any]) -> float:
+    """The paper's formula on full float64 distributions, sharing no code with the library."""
+    inputs, args = record["inputs"], trainer.args
+    model = trainer.model
+    current = {name: p.clone() for name, p in model.state_dict().items()}
+    model.load_state_dict(record["state"])
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=attention).logits.double()
+    model.load_state_dict(current)
+    width = inputs["completion_ids"].shape[1]
+    log_pi = torch.log_softmax(logits[:, -width - 1 : -1] / args.temperature, -1)
+    logp = log_pi.gather(2, inputs["completion_ids"][..., None]).squeeze(2)
+    logm = inputs["sampling_per_token_logps"].double()
+    p, m = logp.exp(), logm.exp()
+    kind = args.divergence_type
+    if kind == "binary_tv":
+        d = (m - p).abs()
+    elif kind == "binary_kl":
+        d = m * (m / p).log() + (1 - m) * ((1 - m) / (1 - p)).log()
+    else:
+        valid = inputs["rollout_topk_valid"]
+        mu = inputs["rollout_topk_logprobs"].double().exp() * valid
+        pi = log_pi.gather(2, inputs["rollout_topk_ids"].clamp(min=0)).exp() * valid
+        mu = torch.cat([mu, 1 - mu.sum(-1, keepdim=True)], -1)
+        pi = torch.cat([pi, 1 - pi.sum(-1, keepdim=True)], -1)
+        d = (mu - pi).abs().sum(-1) / 2 if kind == "topk_tv" else torch.where(mu > 0, mu * (mu / pi).log(), 0.0).sum(-1)
+    a = inputs["advantages"][:, None]
+    delta = 0.15 if kind.endswith("tv") else 0.05
+    keep = ~((d > delta) & ((a > 0) & (p > m) | (a < 0) & (p < m)))
+    per_token = -a * (p / m).clamp(max=args.clip_ratio_c) * keep * logp
+    active = inputs["completion_mask"].bool()
+    windows = args.steps_per_generation / args.gradient_accumulation_steps
+    return (per_token[active].sum() * windows / inputs["num_items_in_batch"]).item()
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_loss_equals_one_from_full_logits(make_trainer, kind: str) -> None:
+    trainer = make_trainer(
+        Recording, divergence_type=kind, divergence_topk=4, temperature=0.8, learning_rate=3e-2, gradient_accumulation_steps=2,
+        steps_per_generation=4, max_steps=6, max_grad_norm=0.0,
+    )  # fmt: skip
+    trainer.train()
+    assert len(trainer.recorded) == 12
+    for record in trainer.recorded:
+        assert record["loss"].item() == pytest.approx(loss_from_full_logits(trainer, record), rel=1e-6, abs=1e-6)
+    masked = history(trainer, "masked/all")
+    assert masked[0] == 0
+    assert max(masked) > 0  # the learning rate is large enough to leave the trust region
+    parts = zip(history(trainer, "masked/positive_advantage"), history(trainer, "masked/negative_advantage"), strict=True)
+    assert [a + b for a, b in parts] == pytest.approx(masked)
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_unchanged_weights_have_zero_divergence(make_trainer, kind: str) -> None:
+    trainer = make_trainer(divergence_type=kind, num_iterations=1, steps_per_generation=1, max_steps=2, temperature=0.7)
+    trainer.train()
+    assert max(history(trainer, "divergence/max")) <= 1e-5
+    assert history(trainer, "masked/all") == [0, 0]
+    assert max(history(trainer, "engine_mismatch/prob_gap_max")) <= 1e-5
+    assert history(trainer, "ratio/mean") == pytest.approx([1, 1], abs=1e-4)
+
+
+class CispoOracle(ExactResumeMixin, RolloutCaptureMixin, GRPOTrainer):
+    """Binary-TV DPPO said in stock TRL: CISPO against the sampler's log-probs with a per-token off-policy mask."""
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        output["old_per_token_logps"] = output["sampling_per_token_logps"]
+        return output
+
+    @staticmethod
+    def get_off_policy_mask(advantages, per_token_logps, sampling_per_token_logps, mask, off_policy_threshold) -> Tensor:
+        p, m = per_token_logps.detach().exp(), sampling_per_token_logps.exp()
+        outwards = (advantages > 0) & (p > m) | (advantages < 0) & (p < m)
+        return (~(outwards & ((p - m).abs() > off_policy_threshold))).to(mask.dtype)
+
+
+@pytest.mark.parametrize(("accumulation", "per_generation"), [(1, 2), (2, 4), (2, 2), (4, 2)])
+def test_six_steps_equal_stock_trl(make_trainer, make_config, model, tokenizer, accumulation: int, per_generation: int) -> None:
+    start = {name: p.clone() for name, p in model.state_dict().items()}
+    shared = {
+        "optim": "sgd",  # Adam would blow up rounding differences of gradients that are nearly zero
+        "learning_rate": 0.3,
+        "gradient_accumulation_steps": accumulation,
+        "steps_per_generation": per_generation,
+        "max_steps": 6,
+    }
+    ours = make_trainer(divergence_type="binary_tv", **shared)
+    ours.train()
+    if accumulation < 2 * per_generation:  # else every rollout serves one optimiser step, and nothing can be off-policy
+        assert max(history(ours, "masked/all")) > 0
+    after_ours = weights(ours)
+    model.load_state_dict(start)
+    oracle = make_trainer(
+        CispoOracle,
+        config=make_config(GRPOConfig, loss_type="cispo", epsilon_high=20.0, off_policy_mask_threshold=0.15, **shared),
+    )
+    oracle.train()
+    for name, p in weights(oracle).items():
+        torch.testing.assert_close(after_ours[name], p, rtol=0, atol=2e-5, msg=name)
+    assert history(ours, "loss") == pytest.approx(history(oracle, "loss"), abs=2e-4)
+    assert history(ours, "entropy") == pytest.approx(history(oracle, "entropy"), abs=1e-3)
+
+
+def test_reference_kl_and_entropy_bonus_equal_stock_trl(make_trainer, make_config, model, tokenizer, tmp_path) -> None:
+    model.save_pretrained(tmp_path / "start")  # TRL loads the reference model from the policy's path
+    model.config._name_or_path = str(tmp_path / "start")
+    start = {name: p.clone() for name, p in model.state_dict().items()}
+    shared = {
+        "optim": "sgd",
+        "learning_rate": 0.3,
+        "beta": 0.1,
+        "entropy_coef": 0.05,
+        "steps_per_generation": 4,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 4,
+    }
+    ours = make_trainer(**shared)
+    ours.train()
+    after_ours = weights(ours)
+    model.load_state_dict(start)
+    oracle = make_trainer(
+        CispoOracle,
+        config=make_config(GRPOConfig, loss_type="cispo", epsilon_high=20.0, off_policy_mask_threshold=0.15, **shared),
+    )
+    oracle.train()
+    assert history(ours, "kl") == pytest.approx(history(oracle, "kl"), abs=1e-4)
+    assert max(history(ours, "kl")) > 1e-4
+    for name, p in weights(oracle).items():
+        torch.testing.assert_close(after_ours[name], p, rtol=0, atol=2e-5, msg=name)
+
+
+def test_the_anchor_is_never_recomputed(make_trainer) -> None:
+    calls = []
+
+    class Counting(Recording):
+        def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+            forward = self.model.forward
+            self.model.forward = lambda *args, **kwargs: (
+                calls.append(kwargs.get("fused_lm_head", False)) or forward(*args, **kwargs)
+            )
+            try:
+                return super()._generate_and_score_completions(inputs)
+            finally:
+                self.model.forward = forward
+
+    trainer = make_trainer(Counting)
+    trainer.train()
+    assert calls
+    assert not any(calls)  # generation only: GRPO's scoring pass over the rollout did not run
+    assert all("old_per_token_logps" not in record["inputs"] for record in trainer.recorded)
+
+
+def test_lora_trains_its_adapter_only(make_trainer, model) -> None:
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trainer = make_trainer(divergence_type="topk_kl", divergence_topk=4, peft_config=lora, learning_rate=5e-2, max_steps=8)
+    trainer.train()
+    assert history(trainer, "engine_mismatch/prob_gap_max")[0] <= 1e-5  # dropout is off: rollout and training agree
+    assert max(history(trainer, "divergence/mean")) > 1e-3
+    changed = {name for name, p in trainer.model.named_parameters() if "lora" in name and p.abs().sum() > 0}
+    assert any("lora_B" in name for name in changed)
+    for name, p in before.items():
+        module = name.replace("q_proj.", "q_proj.base_layer.").replace("v_proj.", "v_proj.base_layer.")
+        assert torch.equal(trainer.model.get_base_model().get_parameter(module), p), name
+
+
+def test_lora_with_reference_kl(make_trainer) -> None:
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trainer = make_trainer(peft_config=lora, beta=0.1, learning_rate=5e-2, max_steps=6)
+    trainer.train()
+    kl = history(trainer, "kl")
+    assert kl[0] == pytest.approx(0, abs=1e-6)  # the adapter starts at the reference
+    assert max(kl) > 1e-5
+
+
+def test_reward_rises(make_trainer) -> None:
+    def count_ones(completions: list[str], **kwargs: Any) -> list[float]:
+        return [text.count("1") / 6 for text in completions]
+
+    trainer = make_trainer(
+        reward=count_ones, max_steps=60, learning_rate=1e-2, per_device_train_batch_size=16, num_generations=8,
+        scale_rewards="none", divergence_type="binary_tv",
+    )  # fmt: skip
+    trainer.train()
+    rewards = history(trainer, "reward")
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.3, rewards
+
+
+def test_evaluation_scores_fresh_rollouts(make_trainer, prompts) -> None:
+    trainer = make_trainer(
+        divergence_type="topk_tv", divergence_topk=4, eval_dataset=prompts.select(range(8)), per_device_eval_batch_size=4,
+        eval_strategy="steps", eval_steps=3, max_steps=4,
+    )  # fmt: skip
+    trainer.train()
+    assert max(history(trainer, "eval_divergence/max")) <= 1e-5  # sampled from the weights that score it
+    assert history(trainer, "eval_reward")[0] > 0
+    # The evaluation in the middle of a window did not make the training rollouts look fresh.
+    assert len(history(trainer, "engine_mismatch/prob_gap_max")) == 1
+
+
+def test_conversational_prompts(make_trainer, prompts) -> None:
+    chats = prompts.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
+    trainer = make_trainer(train_dataset=chats, divergence_type="topk_tv", divergence_topk=4)
+    trainer.train()
+    assert history(trainer, "engine_mismatch/prob_gap_max")[0] <= 1e-5
+    assert max(history(trainer, "divergence/mean")) > 0
+
+
+def test_several_eos_ids_and_truncated_completions(make_trainer, model) -> None:
+    model.generation_config.eos_token_id = [1, 2, *range(20, 30)]
+    trainer = make_trainer(Recording, mask_truncated_completions=True, learning_rate=1e-3)
+    trainer.train()
+    assert history(trainer, "engine_mismatch/prob_gap_max")[0] <= 1e-5
+    assert 0 < history(trainer, "completions/clipped_ratio")[0] < 1
+    for record in trainer.recorded:
+        assert record["loss"].item() == pytest.approx(loss_from_full_logits(trainer, record), rel=1e-6, abs=1e-6)
+
+
+def test_absolute_positions_and_left_padding(make_trainer, tokenizer) -> None:
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 1}
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes))
+    gpt2.transformer.wpe.weight.data *= 20
+    trainer = make_trainer(model=gpt2, num_iterations=1, steps_per_generation=1, max_steps=2)
+    trainer.train()
+    assert max(history(trainer, "engine_mismatch/prob_gap_max")) <= 1e-5
+
+
+def test_mixture_of_experts_aux_loss_is_trls(make_trainer, tokenizer) -> None:
+    torch.manual_seed(0)
+    config = small_config(len(tokenizer)).to_dict() | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    for key in ("model_type", "layer_types", "transformers_version", "architectures"):
+        config.pop(key, None)
+    moe = Qwen3MoeForCausalLM(Qwen3MoeConfig(**config, router_aux_loss_coef=0.5))
+    trainer = make_trainer(Recording, model=moe, max_steps=1, num_iterations=1)
+    assert trainer.aux_loss_enabled
+    trainer.train()
+    record = trainer.recorded[0]
+    moe.load_state_dict(record["state"])
+    inputs = record["inputs"]
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    width = inputs["completion_ids"].shape[1]
+    with torch.no_grad():
+        _, _, aux = GRPOTrainer._get_per_token_logps_and_entropies(trainer, moe, ids, attention, width, compute_aux_loss=True)
+    assert aux > 0
+    without = loss_from_full_logits(trainer, record)
+    assert record["loss"].item() == pytest.approx(without + 0.5 * aux.item(), abs=2e-5)
+
+
+def test_high_entropy_selection(make_trainer) -> None:
+    trainer = make_trainer(Recording, top_entropy_quantile=0.3, max_steps=1)
+    trainer.train()
+    record = trainer.recorded[0]
+    assert record["loss"].item() != pytest.approx(loss_from_full_logits(trainer, record), abs=1e-6)
+    assert record["loss"].isfinite()
+
+
+def test_bf16_autocast_logs_its_mismatch(make_trainer) -> None:
+    trainer = make_trainer(bf16=True)
+    trainer.train()
+    gap = history(trainer, "engine_mismatch/prob_gap_max")[0]
+    assert 0 < gap < 0.2
+    assert all(math.isfinite(x) for x in history(trainer, "loss"))
+
+
+def test_no_active_token_logs_nothing_and_does_not_crash(make_trainer) -> None:
+    trainer = make_trainer(max_completion_length=1, mask_truncated_completions=True)
+    trainer.train()
+    assert history(trainer, "loss")[0] == 0
+    assert history(trainer, "divergence/mean") == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("typical_p", 0.9),
+        ("no_repeat_ngram_size", 2),
+        ("min_new_tokens", 2),
+        ("bad_words_ids", [[5]]),
+        ("temperature", 0.3),
+        ("num_beams", 2),
+        ("do_sample", False),
+    ],
+)
+def test_generation_kwargs_that_bend_the_distribution_are_refused(make_trainer, setting: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{setting}|temperature 0.3"):
+        make_trainer(generation_kwargs={setting: value})
+
+
+def test_generation_config_of_the_model_is_checked_too(make_trainer, model) -> None:
+    model.generation_config.no_repeat_ngram_size = 3  # generate() would merge it in
+    with pytest.raises(ValueError, match="`no_repeat_ngram_size`=3 reshapes"):
+        make_trainer()
+
+
+def test_construction_refuses_what_cannot_be_trained(make_trainer, make_config, model, tokenizer) -> None:
+    with pytest.raises(ValueError, match="`divergence_topk`=128 exceeds the model's vocabulary of 108"):
+        make_trainer(divergence_type="topk_tv", divergence_topk=128)
+    with pytest.raises(TypeError, match="`args` must be a DPPOConfig, got GRPOConfig"):
+        make_trainer(config=make_config(GRPOConfig))
+    model.model.layers[0].self_attn.register_module("dropout", torch.nn.Dropout(0.1))
+    with pytest.raises(ValueError, match=r"`disable_dropout=False`, but .*dropout drops"):
+        make_trainer(disable_dropout=False)
