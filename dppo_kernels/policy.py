@@ -35,7 +35,7 @@ class Stat(NamedTuple):
     """Detached partial sums of one metric, so that any reduction over micro-batches and ranks stays exact."""
 
     sum: Tensor  # scalar
-    count: Tensor  # scalar
+    count: Tensor  # type: ignore[assignment]  # scalar; hides tuple.count
     max: Tensor  # scalar, -inf if count is 0
 
     @property

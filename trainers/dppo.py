@@ -11,7 +11,7 @@ from dppo_kernels.trainers._trl_seam import GRPOConfig, GRPOTrainer
 from dppo_kernels.trainers.metrics import reduce_stats
 from dppo_kernels.trainers.resume import ExactResumeMixin
 from dppo_kernels.trainers.rollout import RolloutCaptureMixin, check_sampling
-from dppo_kernels.trainers.scoring import IGNORE_INDEX, ScoredOutput, install_scoring
+from dppo_kernels.trainers.scoring import IGNORE_INDEX, install_scoring
 
 # GRPO options that mean nothing here: the loss, its ratio and its correction are DPPO's own.
 _IGNORED = (
@@ -161,8 +161,8 @@ class DPPOTrainer(ExactResumeMixin, RolloutCaptureMixin, GRPOTrainer):
     def load_extra_resume_state(self, state: dict[str, Any]) -> None:
         self._generation_step = state["generation_step"]
 
-    def score(self, model: Any, inputs: dict[str, Any], mask: Tensor) -> ScoredOutput:
-        """Log-probs, entropy and gathered log-probs of the completions under `model`, computed inside its forward."""
+    def score(self, model: Any, inputs: dict[str, Any], mask: Tensor) -> Any:
+        """`ScoredOutput` of the completions under `model`, computed inside its forward."""
         completion_ids = inputs["completion_ids"]
         extra = {"output_router_logits": True} if self.aux_loss_enabled else {}
         with self.accelerator.autocast():

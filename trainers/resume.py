@@ -7,12 +7,17 @@ loading and training M give the same bits.
 
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
 
 from dppo_kernels.trainers._trl_seam import RepeatSampler
+
+if TYPE_CHECKING:
+    from dppo_kernels.trainers._trl_seam import GRPOTrainer as Host
+else:
+    Host = object  # a mixin: GRPOTrainer comes after it in the bases
 
 logger = get_logger(__name__)
 
@@ -33,7 +38,7 @@ class EpochRepeatSampler(RepeatSampler):
         yield from super().__iter__()
 
 
-class ExactResumeMixin:
+class ExactResumeMixin(Host):
     """Put before GRPOTrainer in the bases. Extend `extra_resume_state` for more state; it must be loadable as weights."""
 
     def extra_resume_state(self) -> dict[str, Any]:
@@ -44,7 +49,7 @@ class ExactResumeMixin:
         """Receives what `extra_resume_state` returned."""
 
     def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)  # type: ignore[misc]
+        super()._save_rng_state(output_dir)
         state = {
             "world_size": self.accelerator.num_processes,
             "step": self._step,
@@ -56,7 +61,7 @@ class ExactResumeMixin:
         torch.save(state, self._resume_file(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         path = self._resume_file(checkpoint)
@@ -77,7 +82,7 @@ class ExactResumeMixin:
         self.load_extra_resume_state(state["extra"])
 
     def _get_train_sampler(self, dataset: Any = None) -> RepeatSampler:
-        stock = super()._get_train_sampler(dataset)  # type: ignore[misc]
+        stock = super()._get_train_sampler(dataset)
         self._train_sampler = EpochRepeatSampler(
             stock.data_source,
             mini_repeat_count=stock.mini_repeat_count,
@@ -92,7 +97,7 @@ class ExactResumeMixin:
         # Set here: transformers and accelerate do not reach a sampler below a sharded or skipping batch sampler.
         if hasattr(self, "_train_sampler"):
             self._train_sampler.set_epoch(epoch)
-        super()._run_epoch(epoch=epoch, **kwargs)  # type: ignore[misc]
+        super()._run_epoch(epoch=epoch, **kwargs)
 
     def _resume_file(self, folder: str) -> str:
         return os.path.join(folder, f"rollout_state_{self.accelerator.process_index}.pt")

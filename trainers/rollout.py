@@ -8,7 +8,7 @@ One [B, V] tensor of logits is alive at a time and is reduced to K + 1 columns b
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,11 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from dppo_kernels import TopKLogprobs, token_logprobs, topk_logprobs
 from dppo_kernels.trainers._trl_seam import pad
+
+if TYPE_CHECKING:
+    from dppo_kernels.trainers._trl_seam import GRPOTrainer as Host
+else:
+    Host = object  # a mixin: GRPOTrainer comes after it in the bases
 
 # Generation settings that reshape the distribution tokens are drawn from, and the values at which they do nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -162,7 +167,7 @@ def _captured_generate(model: Any, capture: _StepCapture) -> Iterator[None]:
         del model.generate
 
 
-class RolloutCaptureMixin:
+class RolloutCaptureMixin(Host):
     """Put before GRPOTrainer in the bases: rollouts come back with the sampler's log-probs.
 
     Adds to the dict of `_generate_and_score_completions`: ``sampling_per_token_logps`` [B, T] and, where `rollout_topk` > 0,
@@ -171,10 +176,10 @@ class RolloutCaptureMixin:
 
     rollout_topk: int = 0  # K; 0 = the sampled token's log-prob only
 
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple[list[list[int]], list[list[float]]]:
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple[list[list[int]], list[list[CapturedLogprob]]]:
         capture = _StepCapture(self.rollout_topk, self.temperature)
         with _captured_generate(self.accelerator.unwrap_model(self.model_wrapped), capture):
-            completion_ids, _ = super()._generate_single_turn(*args, **kwargs)  # type: ignore[misc]
+            completion_ids, _ = super()._generate_single_turn(*args, **kwargs)
         sampled = torch.stack(capture.sampled, 1)  # [B, steps]
         steps, first = sampled.shape[1], 0
         if self.rollout_topk:
@@ -184,11 +189,11 @@ class RolloutCaptureMixin:
             [CapturedLogprob(value, first + b * steps + t) for t, value in enumerate(row[: len(ids)])]
             for b, (ids, row) in enumerate(zip(completion_ids, sampled.tolist(), strict=True))
         ]
-        return completion_ids, logprobs  # type: ignore[return-value]
+        return completion_ids, logprobs
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         self._rollout_store = RolloutStore(self.rollout_topk)
-        generated = super()._generate(prompts)  # type: ignore[misc]
+        generated = super()._generate(prompts)
         _, completion_ids, _, _, logprobs, extra_fields, *_ = generated
         if logprobs is None:
             raise ValueError("the rollout returned no log-probs; the trust region is measured against them")
@@ -198,7 +203,7 @@ class RolloutCaptureMixin:
         return generated
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        output = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        output = super()._generate_and_score_completions(inputs)
         if self.rollout_topk:
             completion_ids = output["completion_ids"]
             columns = self._rollout_store.columns(self._rollout_logprobs, completion_ids.shape[1], completion_ids.device)

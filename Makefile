@@ -1,0 +1,47 @@
+# `make demo` and `make test` need nothing but python3 (3.11 or 3.12): each sets up .venv on first use.
+#   PYTHON=...       which interpreter to build .venv from
+#   TORCH_SPEC=...   which torch to install (default: keep the one PYTHON has, else torch==2.13.0)
+
+PYTHON ?= python3
+BIN := .venv/bin
+# Spinning OpenMP workers starve the rest of a small machine.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: demo test long perf lint types wheel clean
+
+demo: .venv/ready
+	$(BIN)/dppo demo
+
+test: .venv/ready
+	$(BIN)/python -m pytest -m "not long and not perf"
+
+# Learning on several seeds with its controls; writes docs/results/.
+long: .venv/ready
+	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -m long -s
+
+# Every provider timed (benchmarks/results/), then the speed gates against TRL.
+perf: .venv/ready
+	$(BIN)/python -m benchmarks run
+	$(BIN)/python -m pytest -m perf -s
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy knows no package-dir: it sees the installed layout through links.
+types: .venv/ready
+	rm -rf build/types && mkdir -p build/types/dppo_kernels
+	ln -s $(CURDIR)/dppo_kernels/* build/types/dppo_kernels/
+	ln -s $(CURDIR)/trainers build/types/dppo_kernels/trainers
+	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p dppo_kernels
+
+wheel: .venv/ready
+	rm -rf dist build/lib build/bdist*
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+clean:
+	rm -rf .venv build dist outputs *.egg-info
+
+.venv/ready: pyproject.toml setup.py .ci/venv
+	PYTHON="$(PYTHON)" TORCH_SPEC="$(TORCH_SPEC)" bash .ci/venv
+	touch $@

@@ -1,0 +1,1 @@
+"""One module a family; each has PROVIDERS, `inputs`, `flops` and `exact`."""

@@ -1,0 +1,35 @@
+"""Speed gates on this machine: nine paired rounds, median of the ratios, best of three tries. ``make perf``."""
+
+import importlib
+
+import pytest
+import torch
+
+from benchmarks.harness import paired_rounds, ratio
+from benchmarks.shapes import CPU_SHAPES
+
+pytest.importorskip("trl", reason="compares with TRL's kernels")
+
+# Peer time / our time that must be reached.
+GATES = {
+    ("C1", "forward"): 1.2,
+    ("C1", "forward+backward"): 1.2,
+    ("C2", "forward+backward"): 1.1,
+    ("C3", "forward+backward"): 1.5,
+}
+
+
+@pytest.mark.perf
+@pytest.mark.parametrize(("shape", "mode"), GATES)
+def test_linear_logprobs_is_faster_than_trl_on_cpu(shape: str, mode: str) -> None:
+    case = importlib.import_module("benchmarks.cases.linear_logprobs")
+    device = torch.device("cpu")
+    x = case.inputs(CPU_SHAPES[shape], torch.float32, device)
+    contenders = {name: run for name, run in case.providers(x, mode).items() if name != "naive"}
+    tries = []
+    for _ in range(3):
+        tries.append(ratio(paired_rounds(contenders, 9, device), "trl", "dppo_kernels"))
+        if tries[-1] >= GATES[shape, mode]:
+            break
+    print(f"{shape} {mode}: TRL takes {max(tries):.2f}x our time")
+    assert max(tries) >= GATES[shape, mode], tries
