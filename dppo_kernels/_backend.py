@@ -32,11 +32,11 @@ def status() -> dict[str, tuple[bool, str]]:
         "torch": (True, f"tiled torch {torch.__version__}, {torch.get_num_threads()} CPU threads"),
         "triton": (
             False,
-            ("Triton is installed" if triton_found else "Triton is not installed") + ", but this version has no Triton kernels",
+            "this version has no Triton kernels" + ("" if triton_found else ", and Triton is not installed"),
         ),
         "cuda": (
             False,
-            ("torch is built with CUDA" if cuda_built else "torch is a CPU build") + ", but this version has no CUDA kernels",
+            "this version has no CUDA kernels" + ("" if cuda_built else ", and torch is a CPU build"),
         ),
     }
 

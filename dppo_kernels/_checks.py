@@ -1,5 +1,6 @@
 """Contract checks: every message names the argument, what it got and what was expected."""
 
+import math
 from collections.abc import Collection, Sequence
 
 import torch
@@ -44,11 +45,17 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
         raise ValueError(f"`{name}` must be one of {', '.join(repr(c) for c in choices)}; got {value!r}")
 
 
-def check_positive(name: str, value: object) -> None:
+def check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"`{name}` must be a number, got {type(value).__name__}")
-    if not 0 < value < float("inf"):
-        raise ValueError(f"`{name}` must be positive and finite, got {value}")
+    if not math.isfinite(value):
+        raise ValueError(f"`{name}` must be finite, got {value}")
+
+
+def check_positive(name: str, value: float) -> None:
+    check_number(name, value)
+    if value <= 0:
+        raise ValueError(f"`{name}` must be positive, got {value}")
 
 
 def check_temperature(temperature: float | Tensor, ids: Tensor) -> None:
@@ -56,7 +63,8 @@ def check_temperature(temperature: float | Tensor, ids: Tensor) -> None:
         check_positive("temperature", temperature)
         return
     check_floating("temperature", temperature)
-    check_shape("temperature", temperature, ids.shape, "one per row, ids.shape")
+    if temperature.dim():
+        check_shape("temperature", temperature, ids.shape, "one per row, ids.shape")
     check_device("temperature", temperature, "ids", ids)
     if temperature.requires_grad:
         raise ValueError("`temperature` is not differentiable: detach it")
@@ -86,7 +94,8 @@ def check_values(
     if gather_ids is not None:
         _raise_first("gather_ids", gather_ids, gather_ids >= vocab, f"below {vocab} (negative = padding)")
     if row_temperature is not None:
-        _raise_first("temperature", row_temperature, ~(row_temperature > 0), "positive")
+        bad_temperature = ~(row_temperature > 0) | row_temperature.isinf()
+        _raise_first("temperature", row_temperature, bad_temperature, "positive and finite")
 
 
 def _raise_first(name: str, values: Tensor, bad: Tensor, expected: str) -> None:

@@ -21,10 +21,10 @@ def stat_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def split_temperature(temperature: float | Tensor, dtype: torch.dtype) -> tuple[Tensor | None, float]:
+def split_temperature(temperature: float | Tensor, n_rows: int, dtype: torch.dtype) -> tuple[Tensor | None, float]:
     """(one per row in `dtype` or None, the scalar): what an op schema, which has no unions, can take."""
     if isinstance(temperature, Tensor):
-        return temperature.reshape(-1).to(dtype), 1.0
+        return temperature.reshape(-1).to(dtype).expand(n_rows).contiguous(), 1.0
     return None, float(temperature)
 
 

@@ -30,14 +30,19 @@ class Upstream(NamedTuple):
     entropy: Tensor | None  # [N]
     gathered: Tensor | None  # [N, K]
 
-    def active_rows(self, rows: Tensor) -> Tensor:
-        """The subset of `rows` that any gradient arrives at."""
-        active = torch.zeros(rows.shape, dtype=torch.bool, device=rows.device)
+    def partition(self, counted: Tensor) -> tuple[Tensor, Tensor]:
+        """Numbers of the rows that count and that any gradient arrives at, and of all others; both ascending.
+
+        One row-count read: the sort stays on the device, only the length of the first part comes to the host.
+        """
+        active = torch.zeros_like(counted)
         for grad in self:
             if grad is not None:
-                taken = grad[rows]
-                active |= (taken != 0).any(-1) if taken.dim() == 2 else taken != 0
-        return rows[active]
+                active |= (grad != 0).any(-1) if grad.dim() == 2 else grad != 0
+        active &= counted
+        order = torch.sort(active.to(torch.int8), descending=True, stable=True).indices
+        count = int(active.sum())
+        return order[:count], order[count:]
 
     def take(self, rows: Tensor, dtype: torch.dtype) -> "Upstream":
         return Upstream(*(None if grad is None else grad[rows].to(dtype) for grad in self))

@@ -6,8 +6,9 @@ over 128..1024 rows x 512..8192 columns; larger tiles fall out of the last-level
 
 from typing import NamedTuple
 
-TILE_ELEMENTS = 1 << 20
+TILE_ELEMENTS = 1 << 20  # logits
 TILE_ROWS = 512
+WEIGHT_TILE_ELEMENTS = 1 << 22  # of the head: upcast for the tile, and a gradient of the same size
 
 
 class Tile(NamedTuple):
@@ -17,10 +18,13 @@ class Tile(NamedTuple):
     cols: int
 
 
-def pick_linear_tile(n_rows: int, vocab: int) -> Tile:
-    """Tile for hidden x lm_head projections; columns are balanced so that the last tile is not a sliver."""
+def pick_linear_tile(n_rows: int, vocab: int, hidden_size: int) -> Tile:
+    """Tile for hidden x lm_head projections; columns are balanced so that the last tile is not a sliver.
+
+    Few rows do not widen the tile beyond `WEIGHT_TILE_ELEMENTS`: the workspace is bounded whatever the shape.
+    """
     rows = max(1, min(n_rows, TILE_ROWS))
-    n_tiles = max(1, -(-vocab * rows // TILE_ELEMENTS))
+    n_tiles = max(1, -(-vocab * rows // TILE_ELEMENTS), -(-vocab * hidden_size // WEIGHT_TILE_ELEMENTS))
     return Tile(rows, max(1, -(-vocab // n_tiles)))
 
 

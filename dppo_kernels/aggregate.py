@@ -43,6 +43,9 @@ def aggregate(
     if reduction != "token_mean" and mask.dim() != 2:
         raise ValueError(f"reduction {reduction!r} needs [B, T] values and mask, got {list(mask.shape)}")
 
+    if denominator is not None and not isinstance(denominator, Tensor):
+        _checks.check_positive("denominator", denominator)
+
     masked = torch.where(mask, values, 0.0)
     if reduction == "sequence_mean":
         per_sequence = masked.sum(1) / mask.sum(1).clamp(min=1)

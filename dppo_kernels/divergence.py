@@ -52,7 +52,8 @@ def divergence(
     _checks.check_shape("rollout_logprobs", rollout_logprobs, logprobs.shape, "that of `logprobs`")
     dtype = stat_dtype(torch.promote_types(logprobs.dtype, rollout_logprobs.dtype))
     if kind.startswith("binary"):
-        for name, value in (("topk_logprobs", topk_logprobs), ("rollout_topk_logprobs", rollout_topk_logprobs)):
+        topk = {"topk_logprobs": topk_logprobs, "rollout_topk_logprobs": rollout_topk_logprobs, "topk_valid": topk_valid}
+        for name, value in topk.items():
             if value is not None:
                 raise ValueError(f"`{name}` is given, but kind={kind!r} does not use it")
         log_p, log_m = logprobs.to(dtype), rollout_logprobs.to(dtype)
@@ -97,7 +98,7 @@ def trust_region_mask(
         divergence: [...] D of each token.
         logprobs: [...] log-probs of the sampled tokens under pi.
         rollout_logprobs: [...] the same under mu.
-        advantages: broadcastable to [...].
+        advantages: [...], or [B, 1] where the others are [B, T].
         low: threshold where the advantage is negative.
         high: threshold where the advantage is positive.
 
@@ -109,8 +110,12 @@ def trust_region_mask(
 
     Source: DPPO (arXiv 2602.04879), eq. 12.
     """
-    _checks.check_shape("rollout_logprobs", rollout_logprobs, logprobs.shape, "that of `logprobs`")
-    _checks.check_shape("divergence", divergence, logprobs.shape, "that of `logprobs`")
+    for name, value in {"divergence": divergence, "logprobs": logprobs, "rollout_logprobs": rollout_logprobs}.items():
+        _checks.check_floating(name, value)
+        _checks.check_shape(name, value, logprobs.shape, "that of `logprobs`")
+    _checks.check_floating("advantages", advantages)
+    if logprobs.dim() != 2 or advantages.shape != (logprobs.shape[0], 1):
+        _checks.check_shape("advantages", advantages, logprobs.shape, "that of `logprobs` or [B, 1]")
     _checks.check_positive("low", low)
     _checks.check_positive("high", high)
     too_high = (advantages > 0) & (logprobs > rollout_logprobs) & (divergence > high)

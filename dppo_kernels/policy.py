@@ -85,6 +85,10 @@ class PolicyLossSpec:
         _checks.check_choice("reduction", self.reduction, REDUCTIONS)
         for name in ("epsilon_low", "epsilon_high", "sapo_temperature_pos", "sapo_temperature_neg"):
             _checks.check_positive(name, getattr(self, name))
+        for name in ("beta", "entropy_coef"):
+            _checks.check_number(name, getattr(self, name))
+        if self.beta < 0:
+            raise ValueError(f"`beta` must not be negative, got {self.beta}")
         if self.surrogate == "divergence":
             _checks.check_choice("divergence", self.divergence, DIVERGENCES)
         elif self.divergence is not None:
@@ -174,9 +178,9 @@ def policy_loss(
     Source: PPO 1707.06347, GRPO 2402.03300, DAPO 2503.14476, Dr.GRPO 2503.20783, GSPO 2507.18071, CISPO 2506.13585,
     SAPO 2511.20347, DPPO 2602.04879.
     """
-    advantages = _check_arguments(
-        logprobs, anchor_logprobs, advantages, loss_mask, spec, entropy, ref_logprobs, token_weights, rollout_topk_logprobs
-    )
+    topk = {"topk_logprobs": topk_logprobs, "rollout_topk_logprobs": rollout_topk_logprobs, "topk_valid": topk_valid}
+    per_token_inputs = {"anchor_logprobs": anchor_logprobs, "entropy": entropy, "ref_logprobs": ref_logprobs}
+    advantages = _check_arguments(logprobs, advantages, loss_mask, spec, per_token_inputs, token_weights, topk)
     dtype = stat_dtype(logprobs.dtype)
 
     def clean(values: Tensor) -> Tensor:
@@ -193,7 +197,6 @@ def policy_loss(
     elif spec.surrogate == "sapo":
         per_token, keep, metrics = _sapo(ratio, advantages, spec)
     else:
-        topk = {"topk_logprobs": topk_logprobs, "rollout_topk_logprobs": rollout_topk_logprobs, "topk_valid": topk_valid}
         per_token, keep, metrics = _divergence_masked(ratio, advantages, logp, anchor, spec, topk)
 
     metrics["ratio"] = ratio
@@ -232,9 +235,9 @@ def _clip(ratio: Tensor, advantages: Tensor, spec: PolicyLossSpec) -> _Surrogate
 
 
 def _cispo(ratio: Tensor, advantages: Tensor, logp: Tensor, spec: PolicyLossSpec) -> _Surrogate:
-    weight = ratio.detach().clamp(max=spec.epsilon_high)
+    coefficient = -ratio.detach().clamp(max=spec.epsilon_high) * advantages
     keep = torch.ones_like(ratio, dtype=torch.bool)
-    return -weight * advantages * logp, keep, {"ratio_above_cap": ratio > spec.epsilon_high}
+    return _score_function(coefficient, logp), keep, {"ratio_above_cap": ratio > spec.epsilon_high}
 
 
 def _sapo(ratio: Tensor, advantages: Tensor, spec: PolicyLossSpec) -> _Surrogate:
@@ -263,7 +266,12 @@ def _divergence_masked(
     if spec.ratio_cap is not None:
         weight = weight.clamp(max=spec.ratio_cap)
         metrics["ratio_above_cap"] = ratio > spec.ratio_cap
-    return -advantages * weight * keep * logp, keep, metrics
+    return _score_function(-advantages * weight * keep, logp), keep, metrics
+
+
+def _score_function(coefficient: Tensor, logp: Tensor) -> Tensor:
+    """``coefficient * logp``, with an exact 0 where the coefficient is 0 even if the token is impossible (logp = -inf)."""
+    return torch.where(coefficient == 0, 0.0, coefficient * logp)
 
 
 def _ratio(logp: Tensor, anchor: Tensor, mask: Tensor, level: str) -> Tensor:
@@ -285,14 +293,12 @@ def _stat(values: Tensor, mask: Tensor) -> Stat:
 
 def _check_arguments(
     logprobs: Tensor,
-    anchor_logprobs: Tensor,
     advantages: Tensor,
     loss_mask: Tensor,
     spec: PolicyLossSpec,
-    entropy: Tensor | None,
-    ref_logprobs: Tensor | None,
+    per_token_inputs: dict[str, Tensor | None],
     token_weights: Tensor | None,
-    rollout_topk_logprobs: Tensor | None,
+    topk: dict[str, Tensor | None],
 ) -> Tensor:
     """Checks; returns the advantages as [B, 1], [B, T] or [N]."""
     if not isinstance(spec, PolicyLossSpec):
@@ -306,19 +312,22 @@ def _check_arguments(
             f"got {list(logprobs.shape)}"
         )
     _checks.check_mask("loss_mask", loss_mask)
-    same_shape = {"anchor_logprobs": anchor_logprobs, "loss_mask": loss_mask, "entropy": entropy, "ref_logprobs": ref_logprobs}
-    for name, value in same_shape.items():
+    _checks.check_shape("loss_mask", loss_mask, logprobs.shape, "that of `logprobs`")
+    for name, value in per_token_inputs.items():
         if value is not None:
-            _checks.check_tensor(name, value)
+            _checks.check_floating(name, value)
             _checks.check_shape(name, value, logprobs.shape, "that of `logprobs`")
-    if token_weights is not None and token_weights.shape not in (logprobs.shape, (*logprobs.shape[:1], 1)):
-        raise ValueError(f"`token_weights` must be {list(logprobs.shape)} or [B, 1], got {list(token_weights.shape)}")
-    if spec.beta and ref_logprobs is None:
+    if token_weights is not None:
+        _checks.check_floating("token_weights", token_weights)
+        if token_weights.shape not in (logprobs.shape, (*logprobs.shape[:1], 1)):
+            raise ValueError(f"`token_weights` must be {list(logprobs.shape)} or [B, 1], got {list(token_weights.shape)}")
+    if spec.beta and per_token_inputs["ref_logprobs"] is None:
         raise ValueError(f"spec.beta is {spec.beta}: `ref_logprobs` is needed")
-    if spec.entropy_coef and entropy is None:
+    if spec.entropy_coef and per_token_inputs["entropy"] is None:
         raise ValueError(f"spec.entropy_coef is {spec.entropy_coef}: `entropy` is needed")
-    if rollout_topk_logprobs is not None and not spec.needs_topk:
-        raise ValueError("`rollout_topk_logprobs` is given, but `spec` compares no top-K")
+    for name, value in topk.items():
+        if value is not None and not spec.needs_topk:
+            raise ValueError(f"`{name}` is given, but `spec` compares no top-K")
     _checks.check_floating("advantages", advantages)
     if advantages.dim() == 1 and logprobs.dim() == 2:
         _checks.check_shape("advantages", advantages, logprobs.shape[:1], "[B]")

@@ -22,7 +22,7 @@ def assert_as_exact_as_torch(name: str, value: Tensor, in_torch: Tensor, exact: 
     """
     assert value.dtype == in_torch.dtype, f"{name}: {value.dtype}, expected {in_torch.dtype}"
     finite = exact[exact.isfinite()].abs()
-    unit = max(1.0, largest) * max(1.0, finite.max().item() if finite.numel() else 0.0)
+    unit = max(1.0, largest, finite.max().item() if finite.numel() else 0.0)
     ours, theirs = max_error(value, exact), max_error(in_torch, exact)
     bound = 2 * theirs + 1e-6 * unit
     assert ours <= bound, f"{name}: error {ours:.3e} > {bound:.3e}; torch in the same dtype has {theirs:.3e}"

@@ -183,6 +183,7 @@ def test_no_gradient_flows() -> None:
         ({"logprobs": torch.zeros(4, dtype=torch.long)}, TypeError, "`logprobs` must have a floating-point dtype"),
         ({"kind": "topk_tv"}, ValueError, "needs `topk_logprobs` and `rollout_topk_logprobs`"),
         ({"topk_logprobs": torch.zeros(4, 3)}, ValueError, "`topk_logprobs` is given, but kind='binary_tv' does not use it"),
+        ({"topk_valid": torch.ones(4, 3, dtype=torch.bool)}, ValueError, "`topk_valid` is given"),
         (
             {"kind": "topk_kl", "topk_logprobs": torch.zeros(4, 3), "rollout_topk_logprobs": torch.zeros(4, 2)},
             ValueError,
@@ -204,6 +205,15 @@ def test_bad_arguments(changes: dict, error: type[Exception], message: str) -> N
     arguments = {"kind": "binary_tv", "logprobs": torch.zeros(4), "rollout_logprobs": torch.zeros(4)}
     with pytest.raises(error, match=message):
         divergence(**{**arguments, **changes})
+
+
+def test_advantages_of_the_mask_must_have_its_shape() -> None:
+    x = torch.full((3, 3), -1.0)
+    with pytest.raises(ValueError, match="`advantages` must have shape"):
+        trust_region_mask(x, x, x, torch.ones(3), low=0.1, high=0.1)  # [B] would broadcast along T
+    assert trust_region_mask(x, x, x, torch.ones(3, 1), low=0.1, high=0.1).all()
+    with pytest.raises(TypeError, match="`divergence` must be a torch.Tensor, got float"):
+        trust_region_mask(0.1, x, x, x, low=0.1, high=0.1)
 
 
 @pytest.mark.parametrize("name", ["low", "high"])

@@ -277,6 +277,19 @@ def test_statistics_by_hand() -> None:
     assert stats["clipped_low"].sum == 1  # ratio 0.5 with A < 0
 
 
+@pytest.mark.parametrize(
+    ("name", "advantage"),
+    # Not CISPO at -1: it masks nothing, and pushing an impossible token further down is an infinite loss.
+    [("cispo", 0.0), ("dppo_binary_tv", 0.0), ("dppo_binary_tv", -1.0), ("dppo_binary_kl", 0.0), ("dppo_binary_kl", -1.0)],
+)
+def test_a_token_that_became_impossible_leaves_a_finite_loss_where_it_has_no_gradient(name: str, advantage: float) -> None:
+    logprobs = torch.tensor([[-torch.inf, -1.0]], requires_grad=True)
+    anchor, mask = torch.tensor([[-0.5, -1.0]]), torch.ones(1, 2, dtype=torch.bool)
+    loss, _ = policy_loss(logprobs, anchor, torch.tensor([advantage]), mask, spec=PRESETS[name])
+    assert loss.isfinite()
+    assert torch.autograd.grad(loss, logprobs)[0].isfinite().all()
+
+
 def test_extreme_log_ratios_stay_finite() -> None:
     logprobs = torch.tensor([[-1e-4, -90.0]], requires_grad=True)
     for name in ("ppo", "cispo", "sapo", "dppo_binary_kl"):
@@ -355,6 +368,9 @@ def test_presets_are_frozen_and_have_the_published_thresholds() -> None:
         ({"surrogate": "divergence"}, "`divergence` must be one of"),
         ({"divergence": "binary_tv"}, "surrogate 'clip' measures none"),
         ({"surrogate": "cispo", "ratio_level": "sequence"}, "defined per token"),
+        ({"beta": -0.1}, "`beta` must not be negative"),
+        ({"beta": math.nan}, "`beta` must be finite"),
+        ({"entropy_coef": math.inf}, "`entropy_coef` must be finite"),
     ],
 )
 def test_bad_specs(changes: dict, message: str) -> None:
@@ -376,6 +392,10 @@ def test_bad_specs(changes: dict, message: str) -> None:
         ({"token_weights": torch.ones(3, 1)}, ValueError, "`token_weights` must be"),
         ({"spec": PRESETS["dppo_topk_tv"]}, ValueError, "needs `topk_logprobs` and `rollout_topk_logprobs`"),
         ({"rollout_topk_logprobs": torch.zeros(2, 3, 4)}, ValueError, "`spec` compares no top-K"),
+        ({"topk_valid": torch.ones(2, 3, 4, dtype=torch.bool)}, ValueError, "`topk_valid` is given, but"),
+        ({"anchor_logprobs": torch.zeros(2, 3, dtype=torch.long)}, TypeError, "`anchor_logprobs` must have a floating-point"),
+        ({"token_weights": [1.0]}, TypeError, "`token_weights` must be a torch.Tensor"),
+        ({"denominator": 0}, ValueError, "`denominator` must be positive"),
         ({"spec": PRESETS["dr_grpo"]}, ValueError, "needs `max_length` or `denominator`"),
     ],
 )

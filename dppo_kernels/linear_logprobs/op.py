@@ -77,7 +77,7 @@ def linear_logprobs(
         gather_ids = gather_ids.reshape(ids.shape[0], gather_ids.shape[-1]).long()
     autocast = autocast_dtype(hidden.device)
     compute_dtype = hidden.dtype if autocast is None or hidden.dtype == torch.float64 else autocast
-    row_temperature, scalar_temperature = split_temperature(temperature, stat_dtype(compute_dtype))
+    row_temperature, scalar_temperature = split_temperature(temperature, ids.shape[0], stat_dtype(compute_dtype))
 
     if name == "reference":
         with torch.autocast(hidden.device.type, enabled=False):
@@ -291,8 +291,7 @@ def _check_arguments(
     if gather_ids is not None:
         _checks.check_gather_ids(gather_ids, ids)
     _checks.check_temperature(temperature, ids)
-    if not isinstance(logit_scale, int | float):
-        raise TypeError(f"`logit_scale` must be a number, got {type(logit_scale).__name__}")
+    _checks.check_number("logit_scale", logit_scale)
     if softcap is not None:
         _checks.check_positive("softcap", softcap)
     if isinstance(outputs, str) or (not outputs and gather_ids is None):

@@ -6,6 +6,9 @@
 Autograd differentiates it, twice if asked. Row chunks are checkpointed, so that memory is one chunk of logits at a time.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -37,10 +40,14 @@ def linear_logprobs_ref(
         z = z / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
         return statistics_ref(z, ids, gather_ids, ignore_index=ignore_index)
 
+    return by_row_chunks(score, (hidden, ids, gather_ids, temperature), pick_row_chunk(weight.shape[0]))
+
+
+def by_row_chunks(score: Callable[..., dict[str, Tensor]], rowwise: tuple[Any, ...], size: int) -> dict[str, Tensor]:
+    """``score(*rowwise)`` on `size` rows at a time, recomputed in the backward; what is no tensor is passed on whole."""
     parts = []
-    for rows in chunks(hidden.shape[0], pick_row_chunk(weight.shape[0])) or [slice(0, 0)]:
-        part_temperature = temperature[rows] if isinstance(temperature, Tensor) else temperature
-        args = (hidden[rows], ids[rows], None if gather_ids is None else gather_ids[rows], part_temperature)
+    for rows in chunks(rowwise[0].shape[0], size) or [slice(0, 0)]:
+        args = [x[rows] if isinstance(x, Tensor) else x for x in rowwise]
         parts.append(checkpoint(score, *args, use_reentrant=False) if torch.is_grad_enabled() else score(*args))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 

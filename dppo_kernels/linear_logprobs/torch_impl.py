@@ -45,8 +45,10 @@ class Projection:
     def weight_columns(self, cols: slice) -> Tensor:
         return self.weight[cols].to(self.compute_dtype).to(self.dtype)
 
-    def logits(self, h: Tensor, w: Tensor, rows: slice, cols: slice, buffer: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``z`` of one tile in `buffer`, and ``1 - tanh^2`` where there is a soft-cap."""
+    def logits(
+        self, h: Tensor, w: Tensor, rows: slice, cols: slice, buffer: Tensor, *, with_slope: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """``z`` of one tile in `buffer`, and (asked for) ``1 - tanh^2`` where there is a soft-cap."""
         z = buffer[: h.shape[0] * w.shape[0]].view(h.shape[0], w.shape[0])
         torch.mm(h, w.t(), out=z)
         if self.bias is not None:
@@ -54,7 +56,7 @@ class Projection:
         slope = None
         if self.softcap is not None:
             z.mul_(self.logit_scale / self.softcap).tanh_()
-            slope = 1 - z.square()
+            slope = 1 - z.square() if with_slope else None
             z *= self.softcap
         elif self.logit_scale != 1.0:
             z *= self.logit_scale
@@ -83,7 +85,7 @@ def linear_logprobs_fwd(
     active = projection.select(rows)
     stats = RowStats(ids[rows], None if gather_ids is None else gather_ids[rows], outputs, active.dtype)
     vocab = projection.weight.shape[0]
-    tile = pick_linear_tile(rows.shape[0], vocab)
+    tile = pick_linear_tile(rows.shape[0], *projection.weight.shape)
     buffer = active.hidden.new_empty(tile.rows * tile.cols, dtype=active.dtype)
     for cols in chunks(vocab, tile.cols) if rows.shape[0] else ():
         w = active.weight_columns(cols)
@@ -106,7 +108,7 @@ def linear_logprobs_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden, weight and bias in their own dtypes; rows without upstream gradient never enter a GEMM."""
     needs_hidden, needs_weight, needs_bias = needs
-    rows = upstream.active_rows((ids != ignore_index).nonzero().squeeze(1))
+    rows, _ = upstream.partition(ids != ignore_index)
     n_rows, vocab = rows.shape[0], projection.weight.shape[0]
     active, dtype = projection.select(rows), projection.dtype
     hidden, weight, bias = projection.hidden, projection.weight, projection.bias
@@ -117,7 +119,7 @@ def linear_logprobs_bwd(
     upstream = upstream.take(rows, dtype)
     per_row = {name: value[rows] for name, value in saved.items()}
     row_ids, row_gather_ids = ids[rows], None if gather_ids is None else gather_ids[rows]
-    tile = pick_linear_tile(n_rows, vocab)
+    tile = pick_linear_tile(n_rows, *weight.shape)
     buffer = hidden.new_empty(tile.rows * tile.cols, dtype=dtype)
     for cols in chunks(vocab, tile.cols) if n_rows else ():
         w = active.weight_columns(cols)
@@ -125,7 +127,7 @@ def linear_logprobs_bwd(
         db = w.new_zeros(w.shape[0]) if dbias is not None else None
         for part in chunks(n_rows, tile.rows):
             h = active.hidden_rows(part)
-            z, slope = active.logits(h, w, part, cols, buffer)
+            z, slope = active.logits(h, w, part, cols, buffer, with_slope=True)
             dz = logits_gradient(
                 z,
                 cols.start,

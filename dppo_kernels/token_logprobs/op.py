@@ -10,7 +10,12 @@ from dppo_kernels import _backend, _checks
 from dppo_kernels._numerics import split_temperature, stat_dtype
 from dppo_kernels._row_stats import Upstream
 from dppo_kernels.token_logprobs.reference import token_logprobs_ref, topk_logprobs_ref
-from dppo_kernels.token_logprobs.torch_impl import token_logprobs_bwd, token_logprobs_fwd, topk_logprobs_fwd
+from dppo_kernels.token_logprobs.torch_impl import (
+    check_finite_maximum,
+    token_logprobs_bwd,
+    token_logprobs_fwd,
+    topk_logprobs_fwd,
+)
 
 MAX_K = 128
 
@@ -48,7 +53,7 @@ def token_logprobs(
     backend: str | None = None,
     check_values: bool = False,
 ) -> TokenLogprobs:
-    """Log-probs, entropy, LSE and gathered log-probs of logits that already exist, in one read of them.
+    """Log-probs, entropy, LSE and gathered log-probs of logits that already exist.
 
     Args:
         logits: [..., V] of any strides; -inf is allowed.
@@ -58,7 +63,8 @@ def token_logprobs(
         ignore_index: marks rows to skip.
         outputs: any of "logprobs", "lse", "entropy".
         inplace_backward: write the gradient over `logits` instead of allocating another [..., V] tensor. The logits are
-            destroyed by the backward, so nothing else may need them; a leaf that requires grad is refused.
+            destroyed by the backward, so nothing else may need them; a leaf that requires grad, a view of one, and logits
+            whose elements share memory are refused.
         backend: "auto" (default), "reference" or "torch"; also set by ``DPPO_KERNELS_BACKEND``.
         check_values: check the range of ids on CUDA too (a host sync); on CPU they are always checked.
 
@@ -76,15 +82,12 @@ def token_logprobs(
     for output in outputs:
         _checks.check_choice("outputs", output, OUTPUTS)
     name = _backend.resolve("token_logprobs", backend)
-    if inplace_backward and (name == "reference" or (logits.is_leaf and logits.requires_grad)):
-        reason = "backend 'reference' has none" if name == "reference" else "`logits` is a leaf whose values would be lost"
-        raise ValueError(f"`inplace_backward=True` is not possible: {reason}")
+    if inplace_backward:
+        _check_inplace(logits, name)
     lead, vocab = ids.shape, logits.shape[-1]
-    if inplace_backward and not _views_as_rows(logits):
-        raise ValueError(f"`inplace_backward=True` needs logits that view as [N, V]; got strides {logits.stride()}")
     flat_logits, flat_ids = logits.reshape(-1, vocab), ids.reshape(-1).long()
     flat_gather = None if gather_ids is None else gather_ids.reshape(flat_ids.shape[0], gather_ids.shape[-1]).long()
-    row_temperature, scalar_temperature = split_temperature(temperature, stat_dtype(logits.dtype))
+    row_temperature, scalar_temperature = split_temperature(temperature, flat_ids.shape[0], stat_dtype(logits.dtype))
     if name == "reference":
         if logits.device.type == "cpu" or check_values:
             _checks.check_values(flat_ids, flat_gather, row_temperature, vocab, ignore_index)
@@ -129,18 +132,18 @@ def topk_logprobs(
     else id -1, log-prob 0, ``valid`` False: so every id appears once. No gradient flows.
 
     Args:
-        logits: [..., V] raw logits; -inf is allowed, NaN is refused with its row number.
+        logits: [..., V] raw logits; -inf is allowed, a row whose maximum is not finite is refused with its number.
         sampled_ids: [...] int32/int64 ids of the sampled tokens.
         k: 1 <= k <= min(V, 128).
         temperature: positive number, or a tensor [...] with one per row; log-probs are those of ``logits / temperature``.
         backend: "auto" (default), "reference" or "torch"; also set by ``DPPO_KERNELS_BACKEND``.
-        check_values: check ids and NaN on CUDA too (a host sync); on CPU they are always checked.
+        check_values: check ids and logits on CUDA too (a host sync); on CPU they are always checked.
 
     Returns:
         `TopKLogprobs`, log-probs in float32 (float64 for float64 inputs), over the full vocabulary (not renormalised).
 
     Raises:
-        TypeError: wrong type or dtype. ValueError: wrong shape, device, id, k, temperature, backend, or NaN logits.
+        TypeError: wrong type or dtype. ValueError: wrong shape, device, id, k, temperature, backend, or logits.
 
     Source: DPPO (arXiv 2602.04879), A' = TopK(mu, K) + {y_t}.
     """
@@ -153,10 +156,11 @@ def topk_logprobs(
     name = _backend.resolve("topk_logprobs", backend)
     lead = sampled_ids.shape
     flat_logits, flat_ids = logits.detach().reshape(-1, vocab), sampled_ids.reshape(-1).long()
-    row_temperature, scalar_temperature = split_temperature(temperature, stat_dtype(logits.dtype))
+    row_temperature, scalar_temperature = split_temperature(temperature, flat_ids.shape[0], stat_dtype(logits.dtype))
     if name == "reference":
         if logits.device.type == "cpu" or check_values:
-            _check_topk_values(flat_logits, flat_ids, row_temperature)
+            _checks.check_values(flat_ids, None, row_temperature, vocab, None, ids_name="sampled_ids")
+            check_finite_maximum(flat_logits.amax(1), 0)
         row_or_scalar = scalar_temperature if row_temperature is None else row_temperature
         flat = topk_logprobs_ref(flat_logits, flat_ids, k, row_or_scalar)
     else:
@@ -275,9 +279,11 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 def _topk_op(
     logits: Tensor, sampled_ids: Tensor, k: int, row_temperature: Tensor | None, temperature: float, check_values: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if logits.device.type == "cpu" or check_values:
-        _check_topk_values(logits, sampled_ids, row_temperature)
-    return topk_logprobs_fwd(logits, sampled_ids, k, temperature if row_temperature is None else row_temperature)
+    check = logits.device.type == "cpu" or check_values
+    if check:
+        _checks.check_values(sampled_ids, None, row_temperature, logits.shape[1], None, ids_name="sampled_ids")
+    row_or_scalar = temperature if row_temperature is None else row_temperature
+    return topk_logprobs_fwd(logits, sampled_ids, k, row_or_scalar, check_values=check)
 
 
 @_topk_op.register_fake
@@ -288,13 +294,31 @@ def _(logits: Tensor, sampled_ids: Tensor, k: int, *rest: Any) -> tuple[Tensor, 
     return ids, columns, torch.empty_like(ids, dtype=torch.bool), rows, torch.empty_like(rows)
 
 
-def _check_topk_values(logits: Tensor, sampled_ids: Tensor, row_temperature: Tensor | None) -> None:
-    _checks.check_values(sampled_ids, None, row_temperature, logits.shape[1], None, ids_name="sampled_ids")
+def _check_inplace(logits: Tensor, backend: str) -> None:
+    """Refuse to overwrite logits that something else needs, or whose elements are not all their own."""
+    reason = None
+    base = logits if logits._base is None else logits._base
+    # Sorted by stride, every dimension must step over all of the smaller ones; sizes of 1 step over nothing.
+    dims = sorted((stride, size) for stride, size in zip(logits.stride(), logits.shape, strict=True) if size > 1)
+    span = 1
+    for stride, size in dims:
+        if stride < span:
+            reason = f"elements of `logits` share memory (strides {logits.stride()})"
+        span = stride * (size - 1) + span
+    if backend == "reference":
+        reason = "backend 'reference' has none"
+    elif base.is_leaf and base.requires_grad:
+        reason = "`logits` is (a view of) a leaf whose values would be lost"
+    elif reason is None and not _views_as_rows(logits):
+        reason = f"`logits` must view as [N, V], got strides {logits.stride()}"
+    if reason is not None:
+        raise ValueError(f"`inplace_backward=True` is not possible: {reason}")
 
 
 def _views_as_rows(x: Tensor) -> bool:
     """Whether `x.reshape(-1, V)` is a view: every leading dimension steps over the whole of the next one."""
-    return all(x.stride(i) == x.stride(i + 1) * x.shape[i + 1] for i in range(x.dim() - 2))
+    leading = [(x.stride(i), x.shape[i]) for i in range(x.dim() - 1) if x.shape[i] != 1]
+    return all(outer[0] == inner[0] * inner[1] for outer, inner in zip(leading, leading[1:], strict=False))
 
 
 def _check_arguments(

@@ -44,10 +44,8 @@ def token_logprobs_bwd(
 ) -> None:
     """Write ``dL/dlogits`` into `dlogits`, which may be `logits` itself."""
     dtype = stat_dtype(logits.dtype)
-    rows = upstream.active_rows((ids != ignore_index).nonzero().squeeze(1))
-    inactive = torch.ones(logits.shape[0], dtype=torch.bool, device=logits.device)
-    inactive[rows] = False
-    dlogits[inactive] = 0
+    rows, inactive = upstream.partition(ids != ignore_index)
+    dlogits.index_fill_(0, inactive, 0)
     for part in chunks(rows.shape[0], pick_row_chunk(logits.shape[1])):
         taken = rows[part]
         dz = logits_gradient(
@@ -68,13 +66,9 @@ def token_logprobs_bwd(
 
 
 def topk_logprobs_fwd(
-    logits: Tensor, sampled_ids: Tensor, k: int, temperature: float | Tensor
+    logits: Tensor, sampled_ids: Tensor, k: int, temperature: float | Tensor, *, check_values: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """ids [N, K+1], logprobs [N, K+1], valid [N, K+1], sampled_logprobs [N], lse [N].
-
-    Raises:
-        ValueError: a row holds NaN (named by its number).
-    """
+    """ids [N, K+1], logprobs [N, K+1], valid [N, K+1], sampled_logprobs [N], lse [N]."""
     n, vocab = logits.shape
     dtype = stat_dtype(logits.dtype)
     ids = sampled_ids.new_empty(n, k + 1)
@@ -86,10 +80,8 @@ def topk_logprobs_fwd(
         top, top_ids = _topk_lowest_id(z, k)
         sampled = sampled_ids[part, None]
         sampled_z = pick_columns(z, sampled, 0)
-        # NaN sorts first, so the largest value tells whether the row holds one.
-        if bool(top[:, 0].isnan().any()):
-            row = part.start + int(top[:, 0].isnan().nonzero()[0])
-            raise ValueError(f"`logits` must not hold NaN; row {row} does")
+        if check_values:
+            check_finite_maximum(top[:, 0], part.start)
         # Shifted by the maximum, the normaliser loses nothing when logits are large.
         row_max = top[:, :1]
         log_sum = (z - row_max).exp_().sum(1, keepdim=True).log()
@@ -100,6 +92,14 @@ def topk_logprobs_fwd(
         sampled_logprobs[part] = sampled_part.squeeze(1)
         lse[part] = (row_max + log_sum).squeeze(1)
     return ids, logprobs, ids >= 0, sampled_logprobs, lse
+
+
+def check_finite_maximum(largest: Tensor, first_row: int) -> None:
+    """Refuse rows whose largest logit is NaN (it sorts first), +inf, or -inf (nothing is possible)."""
+    bad = ~largest.isfinite()
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise ValueError(f"`logits` must have a finite maximum in every row; row {first_row + row} has {largest[row].item()}")
 
 
 def _topk_lowest_id(z: Tensor, k: int) -> tuple[Tensor, Tensor]:

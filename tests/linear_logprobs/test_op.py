@@ -75,7 +75,7 @@ def test_entropy_bounds_and_signs(case: ScoringCase) -> None:
 def test_tiles_do_not_matter(case: ScoringCase, tile: tuple[int, int]) -> None:
     whole, whole_grads = run(case, torch.float64, "torch")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_impl, "pick_linear_tile", lambda rows, vocab: Tile(*tile))
+        patch.setattr(torch_impl, "pick_linear_tile", lambda *shape: Tile(*tile))
         tiled, tiled_grads = run(case, torch.float64, "torch")
     for name, value in whole.items():
         torch.testing.assert_close(tiled[name], value, rtol=1e-9, atol=1e-9)
@@ -98,6 +98,10 @@ def test_leading_shapes_are_kept() -> None:
     assert out.gathered.shape == (2, 3, 5, 4)
     scalar = linear_logprobs(hidden[0, 0, 0], weight, ids[0, 0, 0])
     assert scalar.logprobs.shape == ()
+    zero_dim = linear_logprobs(hidden, weight, ids, temperature=torch.tensor(2.0))
+    torch.testing.assert_close(zero_dim.logprobs, linear_logprobs(hidden, weight, ids, temperature=2.0).logprobs)
+    narrow = linear_logprobs(hidden, weight, ids.int(), gather_ids=gather_ids.int())
+    assert bit_equal(narrow.gathered, linear_logprobs(hidden, weight, ids, gather_ids=gather_ids).gathered)
 
 
 def test_outputs_not_asked_for_are_none() -> None:
@@ -268,13 +272,18 @@ def good_arguments() -> dict:
         ({"gather_ids": torch.full((ROWS, 2), VOCAB)}, ValueError, r"`gather_ids` must be below 11 .*got 11 at index \[0, 0\]"),
         ({"ids": torch.tensor([0, 1, VOCAB, 2])}, ValueError, r"`ids` must be in \[0, 11\) or -100; got 11 at index \[2\]"),
         ({"ids": torch.tensor([0, 1, -1, 2])}, ValueError, r"got -1 at index \[2\]"),
-        ({"temperature": 0.0}, ValueError, "`temperature` must be positive and finite, got 0.0"),
+        ({"temperature": 0.0}, ValueError, "`temperature` must be positive, got 0.0"),
         ({"temperature": "hot"}, TypeError, "`temperature` must be a number, got str"),
-        ({"temperature": torch.tensor([1.0, 1, 0, 1])}, ValueError, r"`temperature` must be positive; got 0.0 at index \[2\]"),
+        (
+            {"temperature": torch.tensor([1.0, 1, 0, 1])},
+            ValueError,
+            r"`temperature` must be positive and finite; got 0.0 at index \[2\]",
+        ),
         ({"temperature": torch.ones(3)}, ValueError, "`temperature` must have shape one per row"),
         ({"temperature": torch.ones(ROWS, requires_grad=True)}, ValueError, "`temperature` is not differentiable"),
         ({"softcap": -1.0}, ValueError, "`softcap` must be positive"),
         ({"logit_scale": "1"}, TypeError, "`logit_scale` must be a number"),
+        ({"logit_scale": math.nan}, ValueError, "`logit_scale` must be finite"),
         ({"outputs": ("probs",)}, ValueError, "`outputs` must be one of 'logprobs'.*got 'probs'"),
         ({"outputs": "entropy"}, ValueError, "`outputs` must be a sequence"),
         ({"outputs": ()}, ValueError, "`outputs` must be a sequence naming at least one"),

@@ -119,17 +119,21 @@ def test_topk_ties_go_to_the_lowest_id() -> None:
     assert out.valid.tolist() == [[True] * 5, [True] * 4 + [False]]
 
 
-def test_topk_with_impossible_tokens_and_nan() -> None:
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_topk_with_impossible_tokens_and_nan(backend: str) -> None:
     logits = torch.full((2, 9), -torch.inf)
     logits[:, 3], logits[:, 7] = 1.0, 0.0
-    out = topk_logprobs(logits, torch.tensor([3, 8]), 4)
+    out = topk_logprobs(logits, torch.tensor([3, 8]), 4, backend=backend)
     assert out.ids[0, :2].tolist() == [3, 7]
     assert (out.logprobs[0, 2:4] == -torch.inf).all()
     assert out.sampled_logprobs[1] == -torch.inf
     torch.testing.assert_close(out.logprobs[0, :2], torch.log_softmax(torch.tensor([1.0, 0.0]), 0))
     logits[1, 0] = torch.nan
-    with pytest.raises(ValueError, match="must not hold NaN; row 1 does"):
-        topk_logprobs(logits, torch.tensor([3, 8]), 4)
+    with pytest.raises(ValueError, match="finite maximum in every row; row 1 has nan"):
+        topk_logprobs(logits, torch.tensor([3, 8]), 4, backend=backend)
+    for value in (torch.inf, -torch.inf):
+        with pytest.raises(ValueError, match=f"row 0 has {value}"):
+            topk_logprobs(torch.full((1, 5), value), torch.tensor([0]), 2, backend=backend)
 
 
 def test_impossible_tokens_have_no_gradient() -> None:
@@ -167,15 +171,36 @@ def test_inplace_backward_overwrites_the_logits(shape: tuple[int, ...]) -> None:
     assert torch.equal(logits, expected)
 
 
-def test_inplace_backward_is_refused_where_it_would_lose_data() -> None:
-    leaf, ids = torch.randn(4, 8, requires_grad=True), torch.zeros(4, dtype=torch.long)
-    with pytest.raises(ValueError, match="`logits` is a leaf"):
-        token_logprobs(leaf, ids, inplace_backward=True)
+def test_inplace_backward_of_a_view_with_a_dimension_of_one() -> None:
+    source, ids = torch.randn(3, 2, 20, requires_grad=True), torch.tensor([[1], [2], [3]])
+    (expected,) = torch.autograd.grad(token_logprobs((source * 1)[:, -1:], ids).logprobs.sum(), source)
+    logprobs = token_logprobs((source * 1)[:, -1:], ids, inplace_backward=True).logprobs
+    (grad,) = torch.autograd.grad(logprobs.sum(), source)
+    assert torch.equal(grad, expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda leaf: leaf, "leaf whose values would be lost"),
+        (lambda leaf: leaf.view(8, 4)[:4], "leaf whose values would be lost"),
+        (lambda leaf: (leaf * 1)[:1].expand(4, 8), r"share memory \(strides \(0, 1\)\)"),
+        (lambda leaf: (leaf * 1).flatten().as_strided((4, 8), (1, 1)), r"share memory \(strides \(1, 1\)\)"),
+        (lambda leaf: (leaf * 1).view(2, 2, 8).transpose(0, 1), r"must view as \[N, V\]"),
+    ],
+)
+def test_inplace_backward_is_refused_where_it_would_lose_data(make, message: str) -> None:
+    logits = make(torch.randn(4, 8, requires_grad=True))
+    ids = torch.zeros(logits.shape[:-1], dtype=torch.long)
+    with pytest.raises(ValueError, match=message):
+        token_logprobs(logits, ids, inplace_backward=True)
+    token_logprobs(logits, ids).logprobs.sum().backward()  # out of place it works
+
+
+def test_the_reference_has_no_inplace_backward() -> None:
+    logits, ids = torch.randn(4, 8, requires_grad=True) * 1, torch.zeros(4, dtype=torch.long)
     with pytest.raises(ValueError, match="backend 'reference' has none"):
-        token_logprobs(leaf * 1, ids, inplace_backward=True, backend="reference")
-    transposed = torch.randn(8, 3, 2).permute(2, 1, 0)
-    with pytest.raises(ValueError, match=r"view as \[N, V\]"):
-        token_logprobs(transposed[:, :2], torch.zeros(2, 2, dtype=torch.long), inplace_backward=True)
+        token_logprobs(logits, ids, inplace_backward=True, backend="reference")
 
 
 def test_rounding_happens_once_in_half_precision() -> None:
