@@ -212,7 +212,7 @@ def test_advantages_of_the_mask_must_have_its_shape() -> None:
     with pytest.raises(ValueError, match="`advantages` must have shape"):
         trust_region_mask(x, x, x, torch.ones(3), low=0.1, high=0.1)  # [B] would broadcast along T
     assert trust_region_mask(x, x, x, torch.ones(3, 1), low=0.1, high=0.1).all()
-    with pytest.raises(TypeError, match="`divergence` must be a torch.Tensor, got float"):
+    with pytest.raises(TypeError, match=r"`divergence` must be a torch\.Tensor, got float"):
         trust_region_mask(0.1, x, x, x, low=0.1, high=0.1)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Lower numbers know nothing of higher ones; within one number only the same family.
+# Lower numbers know nothing of higher ones. Modules of one number may share: both references are one formula.
 FAMILIES = ("linear_logprobs", "token_logprobs")
 RANKS = {
     "_": 0,

@@ -236,6 +236,8 @@ def test_reference_kl_and_entropy_bonus() -> None:
     ratio = (x["logprobs"] - x["anchor_logprobs"]).exp()
     weighted, _ = loss_and_grad(PRESETS["dapo"].replace(beta=0.1, kl_ratio_weighted=True), x, ref_logprobs=ref)
     torch.testing.assert_close(weighted, plain + 0.1 * token_mean(k3 * ratio, mask).detach())
+    _, stats = policy_loss(**x, spec=PRESETS["dapo"], ref_logprobs=ref)
+    torch.testing.assert_close(stats["ref_kl"].mean.double(), token_mean(k3, mask).detach(), rtol=1e-6, atol=1e-6)
 
     loss, stats = policy_loss(**x, spec=PRESETS["dapo"].replace(entropy_coef=0.5), entropy=entropy)
     torch.testing.assert_close(loss.detach(), plain - 0.5 * token_mean(entropy, mask).detach())
@@ -271,10 +273,14 @@ def test_statistics_by_hand() -> None:
     assert stats["divergence"].max.item() == pytest.approx(0.4)
     assert stats["prob_gap"].mean.item() == pytest.approx((0.1 + 0.4 + 0.1 + 0 + 0.3) / 5, rel=1e-5)
     assert stats["ratio"].max.item() == pytest.approx(5.0, rel=1e-5)
+    assert stats["ratio_squared"].mean.item() == pytest.approx((1.44 + 25 + (7 / 8) ** 2 + 1 + 0.25) / 5, rel=1e-5)
     assert not any(x.requires_grad for stat in stats.values() for x in stat)
     _, stats = policy_loss(p.log(), m.log(), torch.tensor([1.0, -2.0]), mask, spec=PRESETS["dapo"])
     assert stats["clipped_high"].sum == 1  # ratio 5 with A > 0
     assert stats["clipped_low"].sum == 1  # ratio 0.5 with A < 0
+    cispo = PRESETS["cispo"].replace(epsilon_high=4)
+    _, stats = policy_loss(p.log(), m.log(), torch.tensor([1.0, -2.0]), mask, spec=cispo)
+    assert stats["ratio_above_cap"].sum == 1
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def doctor() -> str:
         lines.append("  cuda        none: " + ("no device found" if torch.backends.cuda.is_built() else "torch is a CPU build"))
     lines += ["", "backends"]
     lines += [f"  {name:<11} {'yes' if ok else 'no '}  {reason}" for name, (ok, reason) in _backend.status().items()]
-    lines += ["", "operations", *(f"  {_backend.explain(op)}" for op in _backend.IMPLEMENTATIONS)]
+    lines += ["", "operations", *(f"  {_explain(op)}" for op in _backend.IMPLEMENTATIONS)]
     lines += ["", f"trainers      {_trainers()}"]
     return "\n".join(lines)
 
@@ -54,12 +54,19 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _explain(op: str) -> str:
+    try:
+        return _backend.explain(op)
+    except ValueError as reason:  # DPPO_KERNELS_BACKEND names one that cannot serve: what a doctor is asked about
+        return f"{op} fails: {reason}"
+
+
 def _trainers() -> str:
     try:
         from dppo_kernels.trainers import _trl_seam
     except ImportError as reason:
         return f"not available: {reason}"
-    return f"available (tested with trl >={_trl_seam.TRL_RANGE[0]}, <{_trl_seam.TRL_RANGE[1]})"
+    return f"available (tested with trl{_trl_seam.supported_range('trl')})"
 
 
 def _demo(arguments: list[str]) -> int:

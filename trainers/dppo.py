@@ -4,11 +4,13 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from accelerate.utils import is_peft_model
+from torch import Tensor
 
-from dppo_kernels import DIVERGENCES, PRESETS, PolicyLossSpec, _checks, policy_loss
+from dppo_kernels import DIVERGENCES, PRESETS, PolicyLossSpec, Stat, _checks, policy_loss
 from dppo_kernels.trainers._trl_seam import GRPOConfig, GRPOTrainer
-from dppo_kernels.trainers.metrics import reduce_stats
+from dppo_kernels.trainers.dropout import active_dropout, disable_dropout
+from dppo_kernels.trainers.metrics import StatLoggingMixin
 from dppo_kernels.trainers.resume import ExactResumeMixin
 from dppo_kernels.trainers.rollout import RolloutCaptureMixin, check_sampling
 from dppo_kernels.trainers.scoring import IGNORE_INDEX, install_scoring
@@ -19,7 +21,7 @@ _IGNORED = (
     *("sapo_temperature_neg", "sapo_temperature_pos", "vespo_k_pos", "vespo_k_neg", "vespo_lambda_pos", "vespo_lambda_neg"),
 )
 
-# Logged name -> (stat of policy_loss, how it is read).
+# Logged name -> (stat, how it is read).
 _METRICS = {
     "divergence/mean": ("divergence", "mean"),
     "divergence/max": ("divergence", "max"),
@@ -35,6 +37,10 @@ _METRICS = {
     "surrogate": ("surrogate", "mean"),
     "entropy": ("entropy", "mean"),
     "kl": ("ref_kl", "mean"),
+    "aux_loss": ("aux_loss", "mean"),
+    # |pi - mu| on unchanged weights: the mismatch between the engine that samples and the one that trains.
+    "engine_mismatch/prob_gap_mean": ("fresh_prob_gap", "mean"),
+    "engine_mismatch/prob_gap_max": ("fresh_prob_gap", "max"),
 }
 
 
@@ -64,9 +70,12 @@ class DPPOConfig(GRPOConfig):
     vllm_importance_sampling_correction: bool = field(default=False, metadata={"help": "Must stay False."})
 
     def __post_init__(self) -> None:
+        for name in ("epsilon", "epsilon_high", "clip_ratio_c", "temperature"):
+            if getattr(self, name) is not None:
+                _checks.check_positive(name, getattr(self, name))
         self.policy_loss_spec()
-        if isinstance(self.divergence_topk, bool) or not 1 <= self.divergence_topk <= 128:
-            raise ValueError(f"`divergence_topk` must be in [1, 128], got {self.divergence_topk}")
+        if type(self.divergence_topk) is not int or not 1 <= self.divergence_topk <= 128:
+            raise ValueError(f"`divergence_topk` must be an int in [1, 128], got {self.divergence_topk}")
         stock = {f.name: f.default for f in fields(GRPOConfig)}
         for name in _IGNORED:
             if getattr(self, name) != stock[name]:
@@ -79,6 +88,8 @@ class DPPOConfig(GRPOConfig):
             raise ValueError("`use_vllm=True` is not supported yet: rollouts run with transformers")
         if self.use_transformers_continuous_batching or self.use_transformers_paged:
             raise ValueError("`use_transformers_continuous_batching` returns no log-probs of the rollout policy")
+        if self.neftune_noise_alpha is not None:
+            raise ValueError("`neftune_noise_alpha` adds noise to every forward: rollout and training policies would differ")
         sampling = {name: getattr(self, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
         check_sampling(sampling, self.temperature)
         super().__post_init__()
@@ -98,11 +109,11 @@ class DPPOConfig(GRPOConfig):
         )
 
 
-class DPPOTrainer(ExactResumeMixin, RolloutCaptureMixin, GRPOTrainer):
+class DPPOTrainer(StatLoggingMixin, ExactResumeMixin, RolloutCaptureMixin, GRPOTrainer):
     """GRPOTrainer that masks tokens by the divergence from the rollout policy instead of clipping their ratio.
 
-    Takes GRPOTrainer's arguments; `args` is a `DPPOConfig`. The rollout policy's log-probs are captured while generating and
-    are the only anchor: no old log-probs are recomputed and no further importance correction is applied.
+    Takes GRPOTrainer's arguments; `args` is a `DPPOConfig`. The rollout policy's log-probs are captured while generating
+    and are the only anchor: no old log-probs are recomputed and no further importance correction is applied.
 
     Raises:
         TypeError, ValueError: a model or setting that cannot be trained correctly, with the reason.
@@ -111,6 +122,7 @@ class DPPOTrainer(ExactResumeMixin, RolloutCaptureMixin, GRPOTrainer):
     _name = "DPPO"
     _tag_names = ["trl", "dppo"]  # noqa: RUF012  (TRL's attribute, read-only)
     _paper = {"title": "Rethinking the Trust Region in LLM Reinforcement Learning", "id": "2602.04879"}  # noqa: RUF012
+    stat_metrics = _METRICS
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: DPPOConfig | None = None, *rest: Any, **kwargs: Any) -> None:
         if args is None:
@@ -121,69 +133,95 @@ class DPPOTrainer(ExactResumeMixin, RolloutCaptureMixin, GRPOTrainer):
         self.spec = args.policy_loss_spec()
         self.rollout_topk = args.divergence_topk if self.spec.needs_topk else 0
         self._generation_step = -1  # global step whose weights wrote the buffered rollout
-        base = self._base_model()
-        self._check_model(base)
-        install_scoring(base, temperature=self.temperature, cast_lm_head_to_fp32=args.cast_lm_head_to_fp32)
+        policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        if args.disable_dropout:
+            disable_dropout(self.model)
+        self._check_model(policy)
+        for scored in (policy, self.ref_model):
+            if scored is not None:
+                base = self.accelerator.unwrap_model(scored)
+                install_scoring(base, temperature=self.temperature, cast_lm_head_to_fp32=args.cast_lm_head_to_fp32)
 
-    def _base_model(self) -> Any:
-        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
-
-    def _check_model(self, base: Any) -> None:
+    def _check_model(self, policy: Any) -> None:
         merged = self.generation_config.to_dict()
         # generate() fills what is None here from the model's own generation config.
-        merged |= {k: v for k, v in base.generation_config.to_dict().items() if merged.get(k) is None}
+        merged |= {k: v for k, v in policy.generation_config.to_dict().items() if merged.get(k) is None}
         check_sampling(merged, self.temperature)
-        vocab = base.get_output_embeddings().weight.shape[0]
+        vocab = policy.get_output_embeddings().weight.shape[0]
         if self.rollout_topk > vocab:
             raise ValueError(f"`divergence_topk`={self.rollout_topk} exceeds the model's vocabulary of {vocab}")
+        if self.rollout_topk and self.rollout_func is not None and self.tools:
+            raise ValueError("top-K divergences cannot follow `rollout_func` through TRL's tool loop: call the tools inside it")
         if self._is_vlm:
             raise ValueError("vision-language models are not supported yet: pass a text model and tokenizer")
         if self.is_fsdp_enabled or self.accelerator.distributed_type == "DEEPSPEED":
             raise ValueError("FSDP and DeepSpeed are not supported yet: run on one process or with DDP")
-        dropout = [name for name, module in self.model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
+        if is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning:
+            raise ValueError("prompt-learning PEFT (prompt, prefix, p-tuning) is not supported: use LoRA or another adapter")
+        dropout = active_dropout(self.model)
         if dropout:
             raise ValueError(f"`disable_dropout=False`, but {dropout[0]} drops: rollout and training policies would differ")
 
-    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
-        reference_is_own_adapter = self.beta != 0.0 and hasattr(self.model, "peft_config")
-        if model is self.model and not reference_is_own_adapter:
-            return None, None, None  # GRPO's recomputed old log-probs: the anchor is the rollout policy, so save that forward
-        return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+    def _is_reference(self, model: Any) -> bool:
+        if model is self.ref_model or not is_peft_model(self.accelerator.unwrap_model(self.model)):
+            return model is self.ref_model
+        status = self.accelerator.unwrap_model(self.model).get_model_status()  # TRL switches adapters for the reference
+        return status.enabled is False or status.active_adapters == ["ref"]
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        **_: Any,
+    ) -> tuple[Tensor | None, None, None]:
+        """GRPO scores its rollouts here: the reference as the policy is scored, the old log-probs (not our anchor) never."""
+        if not self._is_reference(model):
+            return None, None, None
+        size = batch_size or input_ids.shape[0]
+        parts = []
+        for ids, attention in zip(input_ids.split(size), attention_mask.split(size), strict=True):
+            scored = ids[:, -logits_to_keep:].masked_fill(attention[:, -logits_to_keep:] == 0, IGNORE_INDEX)
+            parts.append(self._score(model, ids, attention, scored).logprobs)
+        return torch.cat(parts), None, None
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if self.model.training:
             self._generation_step = self.state.global_step
         return super()._generate_and_score_completions(inputs)
 
+    def resume_signature(self) -> dict[str, int]:
+        return {**super().resume_signature(), "divergence_topk": self.rollout_topk}
+
     def extra_resume_state(self) -> dict[str, Any]:
-        return {"generation_step": self._generation_step}
+        return {**super().extra_resume_state(), "generation_step": self._generation_step}
 
     def load_extra_resume_state(self, state: dict[str, Any]) -> None:
+        super().load_extra_resume_state(state)
         self._generation_step = state["generation_step"]
 
-    def score(self, model: Any, inputs: dict[str, Any], mask: Tensor) -> Any:
-        """`ScoredOutput` of the completions under `model`, computed inside its forward."""
-        completion_ids = inputs["completion_ids"]
-        extra = {"output_router_logits": True} if self.aux_loss_enabled else {}
+    def _score(self, model: Any, input_ids: Tensor, attention_mask: Tensor, scored_ids: Tensor, **extra: Any) -> Any:
         with self.accelerator.autocast():
-            return model(
-                input_ids=torch.cat([inputs["prompt_ids"], completion_ids], dim=1),
-                attention_mask=torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
-                scored_ids=completion_ids.masked_fill(~mask, IGNORE_INDEX),
-                scored_gather_ids=inputs.get("rollout_topk_ids"),
-                **extra,
-            )
+            return model(input_ids=input_ids, attention_mask=attention_mask, scored_ids=scored_ids, **extra)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        mode = "train" if self.model.training else "eval"
-        mask = inputs["completion_mask"].bool()
+        completion_ids, mask = inputs["completion_ids"], inputs["completion_mask"].bool()
         if "tool_mask" in inputs:
             mask = mask & inputs["tool_mask"].bool()
-        scores = self.score(model, inputs, mask)
+        scores = self._score(
+            model,
+            torch.cat([inputs["prompt_ids"], completion_ids], dim=1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            completion_ids.masked_fill(~mask, IGNORE_INDEX),
+            scored_gather_ids=inputs.get("rollout_topk_ids"),
+            **({"output_router_logits": True} if self.aux_loss_enabled else {}),
+        )
         # GRPO 1.16: active tokens of the generation batch, rescaled to one accumulation window of one process.
         denominator = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-        accumulation = self.current_gradient_accumulation_steps if mode == "train" else 1
-        if mode == "train":
+        accumulation = self.current_gradient_accumulation_steps if self.model.training else 1
+        if self.model.training:
             denominator = denominator * accumulation / self.args.steps_per_generation
         weights = None
         if self.top_entropy_quantile < 1.0:
@@ -205,16 +243,9 @@ class DPPOTrainer(ExactResumeMixin, RolloutCaptureMixin, GRPOTrainer):
         )
         if scores.aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * scores.aux_loss / accumulation
-        self._record(mode, stats)
+            aux_loss = scores.aux_loss.detach()
+            stats["aux_loss"] = Stat(aux_loss, torch.ones_like(aux_loss), aux_loss)
+        if not self.model.training or self.state.global_step == self._generation_step:
+            stats["fresh_prob_gap"] = stats["prob_gap"]
+        self.record(stats)
         return loss
-
-    def _record(self, mode: str, stats: dict[str, Any]) -> None:
-        reduced = reduce_stats(self.accelerator, stats)
-        metrics = self._metrics[mode]
-        for name, (stat, read) in _METRICS.items():
-            if stat in reduced:
-                metrics[name].append(getattr(reduced[stat], read))
-        if mode == "eval" or self.state.global_step == self._generation_step:
-            # The weights have not moved since the rollout, so any gap is the mismatch between the two engines.
-            metrics["engine_mismatch/prob_gap_mean"].append(reduced["prob_gap"].mean)
-            metrics["engine_mismatch/prob_gap_max"].append(reduced["prob_gap"].max)

@@ -1,8 +1,8 @@
 """Exact resume for trainers on GRPOTrainer: what TRL 1.16 leaves out of a checkpoint, saved and restored.
 
 TRL restores neither its micro-step counter nor the buffered rollouts, so a run saved inside a generation window starts a new
-one; and its sampler restarts from the first epoch's permutation. With this mixin, training N + M steps and training N, saving,
-loading and training M give the same bits.
+one; its sampler restarts from the first epoch's permutation; a reference model that follows the policy is not saved. With this
+mixin, training N + M steps and training N, saving, loading and training M give the same bits, logs included.
 """
 
 import os
@@ -20,6 +20,8 @@ else:
     Host = object  # a mixin: GRPOTrainer comes after it in the bases
 
 logger = get_logger(__name__)
+
+REFERENCE_FILE = "reference_model.pt"
 
 
 class EpochRepeatSampler(RepeatSampler):
@@ -48,37 +50,62 @@ class ExactResumeMixin(Host):
     def load_extra_resume_state(self, state: dict[str, Any]) -> None:
         """Receives what `extra_resume_state` returned."""
 
+    def resume_signature(self) -> dict[str, int]:
+        """Settings that a buffered rollout depends on: where one differs, the buffer is of no use."""
+        return {
+            "processes": self.accelerator.num_processes,
+            "steps_per_generation": self.args.steps_per_generation,
+            "num_iterations": self.num_iterations,
+            "per_device_train_batch_size": self.args.per_device_train_batch_size,
+        }
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        # A second call starts over, with new rollouts; a resumed one gets its own back below.
+        self._step, self._buffered_inputs = 0, None
+        self._resumed_logging: dict[str, Any] | None = None
+        return super().train(*args, **kwargs)
+
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         state = {
-            "world_size": self.accelerator.num_processes,
+            "signature": self.resume_signature(),
             "step": self._step,
             "buffered_inputs": self._buffered_inputs,
             "metrics": {mode: dict(metrics) for mode, metrics in self._metrics.items()},
+            "logging": {"tr_loss": self._tr_loss.detach().cpu(), "last_logged": self._globalstep_last_logged},
             "extra": self.extra_resume_state(),
         }
         os.makedirs(output_dir, exist_ok=True)
         torch.save(state, self._resume_file(output_dir))
+        if self._has_moving_reference() and self.args.should_save:
+            reference = self.accelerator.unwrap_model(self.ref_model)
+            torch.save(reference.state_dict(), os.path.join(output_dir, REFERENCE_FILE))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        reference_file = os.path.join(checkpoint, REFERENCE_FILE)
+        if self._has_moving_reference() and os.path.isfile(reference_file):
+            weights = torch.load(reference_file, map_location="cpu", weights_only=True)
+            self.accelerator.unwrap_model(self.ref_model).load_state_dict(weights)
         path = self._resume_file(checkpoint)
         if not os.path.isfile(path):
             logger.warning(f"{path} is missing: the run continues, but not exactly (a new rollout is generated)")
             return
         state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
-        if state["world_size"] != self.accelerator.num_processes:
-            logger.warning(
-                f"{path} was saved by {state['world_size']} processes, this run has {self.accelerator.num_processes}: "
-                "buffered rollouts are dropped and a new one is generated"
-            )
+        changed = {
+            name: (then, now) for name, now in self.resume_signature().items() if (then := state["signature"].get(name)) != now
+        }
+        if changed:
+            differences = ", ".join(f"{name} {then} -> {now}" for name, (then, now) in changed.items())
+            logger.warning(f"{path} was saved with other settings ({differences}): a new rollout is generated")
             return
         self._step = state["step"]
         self._buffered_inputs = state["buffered_inputs"]
         for mode, metrics in state["metrics"].items():
             self._metrics[mode].update(metrics)
+        self._resumed_logging = state["logging"]
         self.load_extra_resume_state(state["extra"])
 
     def _get_train_sampler(self, dataset: Any = None) -> RepeatSampler:
@@ -97,7 +124,14 @@ class ExactResumeMixin(Host):
         # Set here: transformers and accelerate do not reach a sampler below a sharded or skipping batch sampler.
         if hasattr(self, "_train_sampler"):
             self._train_sampler.set_epoch(epoch)
+        if self._resumed_logging is not None:  # the training loop has just zeroed what it had logged so far
+            self._tr_loss = self._resumed_logging["tr_loss"].to(self.args.device)
+            self._globalstep_last_logged = self._resumed_logging["last_logged"]
+            self._resumed_logging = None
         super()._run_epoch(epoch=epoch, **kwargs)
+
+    def _has_moving_reference(self) -> bool:
+        return bool(self.args.sync_ref_model) and self.ref_model is not None
 
     def _resume_file(self, folder: str) -> str:
         return os.path.join(folder, f"rollout_state_{self.accelerator.process_index}.pt")

@@ -7,6 +7,7 @@ One [B, V] tensor of logits is alive at a time and is reduced to K + 1 columns b
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,6 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from dppo_kernels import TopKLogprobs, token_logprobs, topk_logprobs
-from dppo_kernels.trainers._trl_seam import pad
 
 if TYPE_CHECKING:
     from dppo_kernels.trainers._trl_seam import GRPOTrainer as Host
@@ -24,7 +24,9 @@ else:
 
 # Generation settings that reshape the distribution tokens are drawn from, and the values at which they do nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "do_sample": (None, True),
+    "do_sample": (True,),
+    "num_return_sequences": (None, 1),
+    "return_dict_in_generate": (None, False),
     "num_beams": (None, 1),
     "top_k": (None, 0),
     "top_p": (None, 1.0),
@@ -89,12 +91,13 @@ class CapturedLogprob(float):
 
 
 class RolloutStore:
-    """Top-K columns of all tokens of one call of `generate and score`, one row per token."""
+    """Top-K columns of all tokens of one call of `generate and score`, one row per token; row 0 stands for "not captured"."""
 
     def __init__(self, k: int) -> None:
         self.k = k
-        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []  # ids, logprobs, valid, each [rows, K+1]
-        self._rows = 0
+        nothing = torch.full((1, k + 1), -1), torch.zeros(1, k + 1), torch.zeros(1, k + 1, dtype=torch.bool)
+        self._parts: list[tuple[Tensor, Tensor, Tensor]] = [nothing]  # ids, logprobs, valid, each [rows, K+1]
+        self._rows = 1
 
     def add(self, ids: Tensor, logprobs: Tensor, valid: Tensor) -> int:
         """Append rows; returns the number of the first."""
@@ -103,14 +106,13 @@ class RolloutStore:
         return first
 
     def columns(self, logprobs: Sequence[Sequence[float]], width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """ids, logprobs, valid [B, width, K+1] for per-token lists of (captured) log-probs; others get id -1, valid False."""
-        rows = torch.full((len(logprobs), width), -1, dtype=torch.long)
+        """ids, logprobs, valid [B, width, K+1] for per-token lists of log-probs; id -1 and valid False where not captured."""
+        rows = torch.zeros(len(logprobs), width, dtype=torch.long)
         for b, sequence in enumerate(logprobs):
-            rows[b, : len(sequence)] = torch.tensor([getattr(value, "row", -1) for value in sequence], dtype=torch.long)
+            rows[b, : len(sequence)] = torch.tensor([getattr(value, "row", 0) for value in sequence], dtype=torch.long)
         rows = rows.to(device)
-        captured = (rows >= 0)[..., None]
-        ids, values, valid = (torch.cat(parts).to(device)[rows.clamp(min=0)] for parts in zip(*self._parts, strict=True))
-        return ids.masked_fill(~captured, -1), values.masked_fill(~captured, 0.0), valid & captured
+        ids, values, valid = (torch.cat([x.to(device) for x in parts])[rows] for parts in zip(*self._parts, strict=True))
+        return ids, values, valid
 
 
 class _StepCapture:
@@ -156,6 +158,7 @@ class _SeeSample(StoppingCriteria):
 @contextlib.contextmanager
 def _captured_generate(model: Any, capture: _StepCapture) -> Iterator[None]:
     """Shadow ``model.generate`` with one that lets `capture` look on."""
+    shadowed = vars(model).get("generate")  # somebody's own instance attribute, if any
     model.generate = functools.partial(
         model.generate,
         logits_processor=LogitsProcessorList([_SeeLogits(capture)]),
@@ -165,6 +168,8 @@ def _captured_generate(model: Any, capture: _StepCapture) -> Iterator[None]:
         yield
     finally:
         del model.generate
+        if shadowed is not None:
+            model.generate = shadowed
 
 
 class RolloutCaptureMixin(Host):
@@ -172,6 +177,7 @@ class RolloutCaptureMixin(Host):
 
     Adds to the dict of `_generate_and_score_completions`: ``sampling_per_token_logps`` [B, T] and, where `rollout_topk` > 0,
     ``rollout_topk_ids``, ``rollout_topk_logprobs``, ``rollout_topk_valid`` [B, T, K+1]. Memory beyond generation is O(B T K).
+    A `rollout_func` replaces the capture: it must return the log-probs itself.
     """
 
     rollout_topk: int = 0  # K; 0 = the sampled token's log-prob only
@@ -194,11 +200,14 @@ class RolloutCaptureMixin(Host):
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         self._rollout_store = RolloutStore(self.rollout_topk)
         generated = super()._generate(prompts)
-        _, completion_ids, _, _, logprobs, extra_fields, *_ = generated
-        if logprobs is None:
-            raise ValueError("the rollout returned no log-probs; the trust region is measured against them")
-        if self.rollout_topk and self.rollout_func is not None:
-            logprobs = store_custom_rollout(self._rollout_store, completion_ids, logprobs, extra_fields)
+        _, completion_ids, written_by_policy, _, logprobs, extra_fields, *_ = generated
+        if self.rollout_func is not None:
+            check_custom_logprobs(completion_ids, logprobs, written_by_policy)
+            if self.rollout_topk:
+                vocab = self.model.get_output_embeddings().weight.shape[0]
+                logprobs = store_custom_rollout(
+                    self._rollout_store, completion_ids, logprobs, written_by_policy, extra_fields, vocab
+                )
         self._rollout_logprobs = logprobs
         return generated
 
@@ -213,12 +222,34 @@ class RolloutCaptureMixin(Host):
         return output
 
 
+def check_custom_logprobs(
+    completion_ids: Sequence[Sequence[int]],
+    logprobs: Sequence[Sequence[float | None]] | None,
+    written_by_policy: Sequence[Sequence[int]] | None,
+) -> None:
+    """A `rollout_func` must give the finite log-prob of every token that the policy wrote.
+
+    Raises:
+        ValueError: none were returned, or one is None, NaN or infinite (with its place).
+    """
+    if logprobs is None:
+        raise ValueError("`rollout_func` returned no log-probs; the trust region is measured against them")
+    for b, (ids, row) in enumerate(zip(completion_ids, logprobs, strict=True)):
+        if len(row) != len(ids):
+            raise ValueError(f"`rollout_func` returned {len(ids)} tokens and {len(row)} log-probs for completion {b}")
+        for t, value in enumerate(row):
+            if (value is None or not math.isfinite(value)) and (written_by_policy is None or written_by_policy[b][t]):
+                raise ValueError(f"`rollout_func` returned log-prob {value} for token {t} of completion {b}; it must be finite")
+
+
 def store_custom_rollout(
     store: RolloutStore,
     completion_ids: Sequence[Sequence[int]],
-    logprobs: Sequence[Sequence[float]],
+    logprobs: Sequence[Sequence[float | None]],
+    written_by_policy: Sequence[Sequence[int]] | None,
     extra_fields: dict[str, Any],
-) -> list[list[CapturedLogprob]]:
+    vocab: int,
+) -> list[list[float]]:
     """Take ``topk_token_ids`` and ``topk_logprobs`` of a `rollout_func` into the store, the sampled token injected.
 
     Both are lists [B][T][<= K+1], by completion token. They are removed from `extra_fields`, which go to reward functions.
@@ -232,24 +263,26 @@ def store_custom_rollout(
             f"top-K divergences need `{'` and `'.join(missing)}` from `rollout_func`, one list per completion token"
         )
     topk_ids, topk_logprobs_ = extra_fields.pop("topk_token_ids"), extra_fields.pop("topk_logprobs")
-    captured = []
+    captured: list[list[float]] = []
     for b, (ids, sampled) in enumerate(zip(completion_ids, logprobs, strict=True)):
-        if not len(topk_ids[b]) == len(topk_logprobs_[b]) == len(sampled) == len(ids):
+        if not len(topk_ids[b]) == len(topk_logprobs_[b]) == len(ids):
             raise ValueError(
-                f"`rollout_func` returned {len(ids)} tokens, {len(sampled)} log-probs, {len(topk_ids[b])} rows of "
-                f"`topk_token_ids` and {len(topk_logprobs_[b])} rows of `topk_logprobs` for completion {b}"
+                f"`rollout_func` returned {len(ids)} tokens, {len(topk_ids[b])} rows of `topk_token_ids` and "
+                f"{len(topk_logprobs_[b])} rows of `topk_logprobs` for completion {b}"
             )
-        rows = []
+        id_rows = torch.full((len(ids), store.k + 1), -1)
+        value_rows = torch.zeros(len(ids), store.k + 1)
         for t, token in enumerate(ids):
+            if written_by_policy is not None and not written_by_policy[b][t]:
+                continue
             row = dict(zip(topk_ids[b][t], topk_logprobs_[b][t], strict=True))  # by id: engines repeat the sampled token
             row.setdefault(token, sampled[t])
+            if not all(0 <= i < vocab for i in row):
+                raise ValueError(f"`topk_token_ids` of completion {b}, token {t} must be in [0, {vocab}), got {list(row)}")
             if len(row) > store.k + 1:
                 raise ValueError(f"`topk_token_ids` of completion {b}, token {t} holds more than K = {store.k} ids")
-            rows.append(row)
-        id_rows = pad(
-            [*(torch.tensor(list(row)) for row in rows), torch.zeros(store.k + 1, dtype=torch.long)], padding_value=-1
-        )
-        value_rows = pad([*(torch.tensor(list(row.values())) for row in rows), torch.zeros(store.k + 1)])
-        first = store.add(id_rows[:-1], value_rows[:-1], id_rows[:-1] >= 0)
-        captured.append([CapturedLogprob(value, first + t) for t, value in enumerate(sampled)])
+            id_rows[t, : len(row)] = torch.tensor(list(row))
+            value_rows[t, : len(row)] = torch.tensor(list(row.values()))
+        first = store.add(id_rows, value_rows, id_rows >= 0)
+        captured.append([CapturedLogprob(0.0 if value is None else value, first + t) for t, value in enumerate(sampled)])
     return captured

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from dppo_kernels import linear_logprobs
+from dppo_kernels.trainers._trl_seam import load_balancing_loss_func
 
 IGNORE_INDEX = -100
 
@@ -102,9 +103,6 @@ def install_scoring(model: PreTrainedModel, *, temperature: float, cast_lm_head_
 
 
 def _load_balancing_loss(config: PretrainedConfig, router_logits: Any, attention_mask: Tensor | None) -> Tensor:
-    # The one function every mixture-of-experts model of transformers takes its loss from.
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
     text = config.get_text_config()
     experts = text.num_experts if hasattr(text, "num_experts") else text.num_local_experts
     return load_balancing_loss_func(router_logits, experts, text.num_experts_per_tok, attention_mask)

@@ -1,6 +1,7 @@
 """Public `token_logprobs` and `topk_logprobs`, and their custom ops ``dppo_kernels::{token_logprobs*,topk_logprobs}``."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -318,7 +319,7 @@ def _check_inplace(logits: Tensor, backend: str) -> None:
 def _views_as_rows(x: Tensor) -> bool:
     """Whether `x.reshape(-1, V)` is a view: every leading dimension steps over the whole of the next one."""
     leading = [(x.stride(i), x.shape[i]) for i in range(x.dim() - 1) if x.shape[i] != 1]
-    return all(outer[0] == inner[0] * inner[1] for outer, inner in zip(leading, leading[1:], strict=False))
+    return all(outer[0] == inner[0] * inner[1] for outer, inner in pairwise(leading))
 
 
 def _check_arguments(

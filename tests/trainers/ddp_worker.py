@@ -31,6 +31,8 @@ result = {
     "loss_error": max(errors),
     "prompt_ids": trainer.recorded[0]["inputs"]["prompt_ids"].tolist(),
     "masked": conftest.history(trainer, "masked/all"),
+    "logged_max": conftest.history(trainer, "divergence/max"),
+    "local_max": [stats["divergence"].max.item() for stats in trainer.recorded_stats],
 }
 Path(sys.argv[1], f"rank{result['rank']}.json").write_text(json.dumps(result))
 torch.distributed.destroy_process_group()

@@ -18,6 +18,12 @@ def test_doctor_reports_versions_devices_and_reasons(capsys) -> None:
     assert "available (tested with trl" in report
 
 
+def test_doctor_names_a_backend_that_cannot_serve(monkeypatch) -> None:
+    monkeypatch.setenv("DPPO_KERNELS_BACKEND", "triton")
+    assert "linear_logprobs fails: " in cli.doctor()
+    assert "triton" in cli.doctor().split("linear_logprobs fails: ")[1]
+
+
 def test_doctor_works_without_trl(monkeypatch) -> None:
     monkeypatch.setattr(cli, "_trainers", lambda: "not available: dppo_kernels.trainers needs trl")
     assert "not available: dppo_kernels.trainers needs trl" in cli.doctor()

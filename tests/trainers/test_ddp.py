@@ -33,3 +33,5 @@ def test_two_ranks_stay_equal(tmp_path, kind: str) -> None:
     assert ranks[0]["prompt_ids"] != ranks[1]["prompt_ids"]
     assert ranks[0]["masked"] == ranks[1]["masked"]  # metrics are reduced over ranks
     assert max(ranks[0]["masked"]) > 0
+    assert ranks[0]["local_max"] != ranks[1]["local_max"]
+    assert ranks[0]["logged_max"] == [max(pair) for pair in zip(ranks[0]["local_max"], ranks[1]["local_max"], strict=True)]

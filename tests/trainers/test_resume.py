@@ -20,12 +20,12 @@ def run(make_trainer, model, start: dict[str, torch.Tensor], out: Path, *, resum
 @pytest.mark.parametrize(
     ("save_at", "settings"),
     [
-        # 23 rollouts an epoch would be many; 4 prompts of 4 rows make one optimiser step consume a quarter of an epoch.
         pytest.param(2, {"steps_per_generation": 4, "num_iterations": 1}, id="inside a window"),
         pytest.param(3, {"steps_per_generation": 2, "num_iterations": 3}, id="between iterations"),
         pytest.param(4, {"steps_per_generation": 2, "num_iterations": 1}, id="at a window's end"),
         pytest.param(13, {"steps_per_generation": 2, "num_iterations": 2}, id="second epoch, inside a window"),
         pytest.param(3, {"steps_per_generation": 4, "num_iterations": 2, "gradient_accumulation_steps": 2}, id="accumulation"),
+        pytest.param(3, {"steps_per_generation": 4, "num_iterations": 1, "logging_steps": 4}, id="inside a logging window"),
     ],
 )
 @pytest.mark.parametrize("kind", ["binary_tv", "topk_kl"])
@@ -43,16 +43,41 @@ def test_resume_is_exact(make_trainer, model, prompts, tmp_path, save_at: int, s
         "save_steps": save_at,
     }
     whole = run(make_trainer, model, start, tmp_path / "whole", **settings)
-    expected, losses = weights(whole), history(whole, "loss")
+    expected = weights(whole)
     checkpoint = tmp_path / "whole" / f"checkpoint-{save_at}"
     assert (checkpoint / "rollout_state_0.pt").is_file()
     resumed = run(make_trainer, model, start, tmp_path / "resumed", resume=str(checkpoint), **settings)
     assert resumed.state.global_step == save_at + 6
     for name, p in weights(resumed).items():
         assert torch.equal(p, expected[name]), name
-    assert history(resumed, "loss")[-6:] == losses[-6:]
-    for key in ("divergence/mean", "masked/all", "num_tokens"):
-        assert history(resumed, key) == history(whole, key)
+    for key in ("loss", "divergence/mean", "divergence/max", "masked/all", "engine_mismatch/prob_gap_max", "num_tokens"):
+        assert history(whole, key)
+        assert history(resumed, key) == history(whole, key), key
+
+
+def test_a_moving_reference_resumes_exactly(make_trainer, model, tmp_path) -> None:
+    model.save_pretrained(tmp_path / "start")  # TRL loads the reference model from the policy's path
+    model.config._name_or_path = str(tmp_path / "start")
+    start = {name: p.clone() for name, p in model.state_dict().items()}
+    settings = {
+        "beta": 0.1,
+        "sync_ref_model": True,
+        "ref_model_sync_steps": 2,
+        "ref_model_mixup_alpha": 0.5,
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "save_steps": 3,
+    }
+    whole = run(make_trainer, model, start, tmp_path / "whole", **settings)
+    expected, reference = weights(whole), {name: p.clone() for name, p in whole.ref_model.state_dict().items()}
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    resumed = run(make_trainer, model, start, tmp_path / "resumed", resume=str(checkpoint), **settings)
+    for name, p in weights(resumed).items():
+        assert torch.equal(p, expected[name]), name
+    for name, p in resumed.ref_model.state_dict().items():
+        assert torch.equal(p, reference[name]), name
+    assert any(not torch.equal(p, start[name]) for name, p in reference.items())
+    assert history(resumed, "kl") == history(whole, "kl")
 
 
 def test_a_checkpoint_of_stock_trl_resumes_with_a_warning(make_trainer, model, tmp_path, caplog) -> None:
@@ -67,15 +92,37 @@ def test_a_checkpoint_of_stock_trl_resumes_with_a_warning(make_trainer, model, t
     assert trainer.state.global_step == 4
 
 
-def test_a_checkpoint_of_another_world_size_drops_its_rollouts(make_trainer, model, tmp_path, caplog) -> None:
+def test_a_checkpoint_with_other_settings_drops_its_rollouts(make_trainer, model, tmp_path, caplog) -> None:
     start = {name: p.clone() for name, p in model.state_dict().items()}
-    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "num_iterations": 4}  # one rollout serves 8 steps
     run(make_trainer, model, start, tmp_path / "a", **settings)
-    file = tmp_path / "a" / "checkpoint-2" / "rollout_state_0.pt"
-    torch.save(torch.load(file) | {"world_size": 8}, file)
+    checkpoint = tmp_path / "a" / "checkpoint-2"
+    for changes, difference in (
+        ({"steps_per_generation": 1}, "steps_per_generation 2 -> 1"),
+        ({"divergence_type": "topk_tv", "divergence_topk": 3}, "divergence_topk 0 -> 3"),
+    ):
+        with caplog.at_level("WARNING", logger="dppo_kernels.trainers.resume"):
+            trainer = run(make_trainer, model, start, tmp_path / "b", resume=str(checkpoint), **{**settings, **changes})
+        assert f"was saved with other settings ({difference}): a new rollout is generated" in caplog.text
+        # The first step after the resume is on a rollout of its own weights.
+        assert history(trainer, "divergence/max")[2] <= 1e-5
+
+    file = checkpoint / "rollout_state_0.pt"
+    state = torch.load(file)
+    torch.save({**state, "signature": {**state["signature"], "processes": 8}}, file)
     with caplog.at_level("WARNING", logger="dppo_kernels.trainers.resume"):
-        run(make_trainer, model, start, tmp_path / "b", resume=str(file.parent), **settings)
-    assert "saved by 8 processes, this run has 1" in caplog.text
+        run(make_trainer, model, start, tmp_path / "c", resume=str(checkpoint), **settings)
+    assert "(processes 8 -> 1)" in caplog.text
+
+
+def test_training_twice_starts_over(make_trainer, model) -> None:
+    trainer = make_trainer(max_steps=3)
+    trainer.train()
+    first = history(trainer, "divergence/max")
+    trainer.train()
+    again = history(trainer, "divergence/max")
+    assert first[0] <= 1e-5
+    assert again[0] <= 1e-5  # sampled anew by the weights that the first run left
 
 
 @pytest.mark.parametrize("shuffle", [True, False])

@@ -6,7 +6,13 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from dppo_kernels.trainers.rollout import CapturedLogprob, RolloutStore, check_sampling, store_custom_rollout
+from dppo_kernels.trainers.rollout import (
+    CapturedLogprob,
+    RolloutStore,
+    check_custom_logprobs,
+    check_sampling,
+    store_custom_rollout,
+)
 from tests.trainers.conftest import history
 from tests.trainers.test_dppo_trainer import Recording, loss_from_full_logits
 
@@ -59,7 +65,8 @@ def test_generate_is_restored_and_memory_is_columns_only(make_trainer, model) ->
     assert inputs["rollout_topk_ids"].shape == (*inputs["completion_ids"].shape, 4)
 
 
-def test_tool_turns_stay_aligned_and_masked(make_trainer, tokenizer, monkeypatch) -> None:
+@pytest.mark.parametrize("kind", ["topk_tv", "binary_kl"])
+def test_tool_turns_stay_aligned_and_masked(make_trainer, tokenizer, monkeypatch, kind: str) -> None:
     """TRL's own tool loop: some rows call a tool after their first turn, and one of them twice."""
     calls = {"n": 0}
 
@@ -85,7 +92,7 @@ def test_tool_turns_stay_aligned_and_masked(make_trainer, tokenizer, monkeypatch
 
     chats = Dataset.from_dict({"prompt": [[{"role": "user", "content": f"{a}?"}] for a in range(64)]})
     trainer = make_trainer(
-        Recording, train_dataset=chats, tools=[add], divergence_type="topk_tv", divergence_topk=3, max_steps=2,
+        Recording, train_dataset=chats, tools=[add], divergence_type=kind, divergence_topk=3, max_steps=2,
         max_completion_length=24, steps_per_generation=1, num_iterations=2, per_device_train_batch_size=4,
         generation_kwargs={"max_new_tokens": 5}, learning_rate=3e-2,
     )  # fmt: skip
@@ -93,13 +100,12 @@ def test_tool_turns_stay_aligned_and_masked(make_trainer, tokenizer, monkeypatch
     first = trainer.recorded[0]
     tool_mask = first["inputs"]["tool_mask"].bool() | ~first["inputs"]["completion_mask"].bool()
     assert (~tool_mask).any(1).sum() == 2  # two rows hold tool tokens
-    check_recorded_columns(trainer, first, 3)
+    assert first["inputs"]["num_items_in_batch"] == (first["inputs"]["completion_mask"] * first["inputs"]["tool_mask"]).sum()
     assert history(trainer, "divergence/max")[0] <= 1e-5
-    for record in trainer.recorded:
-        record["inputs"]["completion_mask"] = record["inputs"]["completion_mask"] * record["inputs"]["tool_mask"]
-    # Masking attention as well would change the scores, so only the mask of the loss is compared: tool tokens carry no loss.
-    inputs = first["inputs"]
-    assert inputs["num_items_in_batch"] == inputs["completion_mask"].sum()
+    for record in trainer.recorded:  # tokens that the tool wrote carry no loss
+        assert record["loss"].item() == pytest.approx(loss_from_full_logits(trainer, record), rel=1e-6, abs=1e-6)
+    if kind == "topk_tv":
+        check_recorded_columns(trainer, first, 3)
 
 
 def test_store_keeps_alignment_through_list_surgery() -> None:
@@ -162,7 +168,7 @@ def test_custom_rollouts_without_what_the_loss_needs_are_refused(make_trainer) -
     with pytest.raises(ValueError, match="need `topk_token_ids` and `topk_logprobs` from `rollout_func`"):
         trainer.train()
     trainer = make_trainer(rollout_func=custom_rollout(with_topk=False, logprobs=False))
-    with pytest.raises(ValueError, match="the rollout returned no log-probs"):
+    with pytest.raises(ValueError, match="`rollout_func` returned no log-probs"):
         trainer.train()
     binary = make_trainer(rollout_func=custom_rollout(with_topk=False))
     binary.train()
@@ -172,19 +178,54 @@ def test_custom_rollouts_without_what_the_loss_needs_are_refused(make_trainer) -
 def test_custom_columns_are_deduplicated_injected_and_checked() -> None:
     store = RolloutStore(2)
     extra = {"topk_token_ids": [[[5, 6, 5], [7, 8]]], "topk_logprobs": [[[-1.0, -2.0, -1.0], [-0.5, -1.5]]], "score": [1]}
-    captured = store_custom_rollout(store, [[5, 9]], [[-1.0, -4.0]], extra)
+    captured = store_custom_rollout(store, [[5, 9]], [[-1.0, -4.0]], None, extra, vocab=10)
     assert extra == {"score": [1]}
     ids, logprobs, valid = store.columns(captured, 2, torch.device("cpu"))
     assert ids[0].tolist() == [[5, 6, -1], [7, 8, 9]]
     assert logprobs[0, 1].tolist() == [-0.5, -1.5, -4.0]
     assert valid[0].tolist() == [[True, True, False], [True, True, True]]
-    with pytest.raises(ValueError, match="2 tokens, 2 log-probs, 1 rows of `topk_token_ids`"):
+
+
+@pytest.mark.parametrize(
+    ("ids", "values", "message"),
+    [
+        ([[5]], [[-1.0]], "2 tokens, 1 rows of `topk_token_ids` and 1 rows of `topk_logprobs` for completion 0"),
+        ([[5], [1, 2, 3, 4]], [[-1.0], [-1.0] * 4], "token 1 holds more than K = 2 ids"),
+        ([[5], [10]], [[-1.0], [-1.0]], r"token 1 must be in \[0, 10\), got \[10, 9\]"),
+        ([[-2], [9]], [[-1.0], [-1.0]], r"token 0 must be in \[0, 10\), got \[-2, 5\]"),
+    ],
+)
+def test_custom_columns_that_do_not_fit_are_refused(ids: list, values: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         store_custom_rollout(
-            RolloutStore(2), [[5, 9]], [[-1.0, -4.0]], {"topk_token_ids": [[[5]]], "topk_logprobs": [[[-1.0]]]}
+            RolloutStore(2), [[5, 9]], [[-1.0, -4.0]], None, {"topk_token_ids": [ids], "topk_logprobs": [values]}, vocab=10
         )
-    too_many = {"topk_token_ids": [[[1, 2, 3, 4]]], "topk_logprobs": [[[-1.0, -1.0, -1.0, -1.0]]]}
-    with pytest.raises(ValueError, match="holds more than K = 2 ids"):
-        store_custom_rollout(RolloutStore(2), [[1]], [[-1.0]], too_many)
+
+
+def test_custom_columns_of_tokens_the_policy_did_not_write_are_empty() -> None:
+    store = RolloutStore(1)
+    extra = {"topk_token_ids": [[[5], []]], "topk_logprobs": [[[-1.0], []]]}
+    captured = store_custom_rollout(store, [[5, 9]], [[-1.0, None]], [[1, 0]], extra, vocab=10)
+    assert captured == [[-1.0, 0.0]]
+    ids, _, valid = store.columns(captured, 2, torch.device("cpu"))
+    assert ids[0].tolist() == [[5, -1], [-1, -1]]
+    assert valid[0].tolist() == [[True, False], [False, False]]
+
+
+@pytest.mark.parametrize(
+    ("logprobs", "message"),
+    [
+        (None, "returned no log-probs"),
+        ([[-1.0]], "2 tokens and 1 log-probs for completion 0"),
+        ([[-1.0, None]], "log-prob None for token 1 of completion 0"),
+        ([[-1.0, float("nan")]], "log-prob nan for token 1"),
+        ([[-1.0, float("-inf")]], "log-prob -inf for token 1"),
+    ],
+)
+def test_custom_logprobs_must_be_finite(logprobs: list | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_custom_logprobs([[5, 9]], logprobs, None)
+    check_custom_logprobs([[5, 9]], [[-1.0, None]], [[1, 0]])  # the environment wrote the second
 
 
 def test_neutral_generation_settings_pass() -> None:

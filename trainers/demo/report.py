@@ -22,9 +22,9 @@ PANELS = {
 
 def introduce(console: Console, training: int, held_out: int, config: "DemoConfig") -> None:
     console.print(
-        f"[bold]DPPO demo[/bold]: addition with carries, {training} training and {held_out} held-out problems. A small Qwen3 imitates a "
-        f"teacher who forgets most carries, then {config.steps} optimiser steps of RL on verified answers, 8 per rollout."
-        + (" [bold]Control: rewards are shuffled.[/bold]" if config.shuffle_rewards else "")
+        f"[bold]DPPO demo[/bold]: addition with carries, {training} training and {held_out} held-out problems. A small Qwen3 "
+        f"imitates a teacher who forgets most carries, then {config.steps} optimiser steps of RL on verified answers, 8 per "
+        "rollout." + (" [bold]Control: rewards are shuffled.[/bold]" if config.shuffle_rewards else "")
     )
 
 

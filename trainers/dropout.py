@@ -1,0 +1,33 @@
+"""Randomness inside a forward: with any of it the rollout policy and the trained policy differ on unchanged weights."""
+
+from torch import nn
+
+# Models keep probabilities in two places: dropout modules, and float attributes handed to functional dropout.
+_ATTRIBUTE_WORDS = ("dropout", "layerdrop", "drop_prob", "drop_path", "jitter")
+
+
+def active_dropout(model: nn.Module) -> list[str]:
+    """Names of all modules and attributes of `model` that drop, or jitter, in train mode."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            found.append(name)
+        found += [f"{name}.{attribute}" for attribute in _random_attributes(module)]
+    return found
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every probability that `active_dropout` finds to 0; configs, which are saved, stay as they are."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for attribute in _random_attributes(module):
+            setattr(module, attribute, 0.0)
+
+
+def _random_attributes(module: nn.Module) -> list[str]:
+    return [
+        name
+        for name, value in vars(module).items()
+        if isinstance(value, float) and value > 0 and any(word in name for word in _ATTRIBUTE_WORDS)
+    ]
