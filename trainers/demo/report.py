@@ -3,20 +3,22 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
     from dppo_kernels.trainers.demo.run import DemoConfig, RunResult
 
+MASKED = "share of tokens masked (GRPO: clipped)"
 # Panel -> metric names tried in order: GRPO calls its masked share a clip ratio, and measures no divergence.
 PANELS = {
     "reward": ("reward",),
     "entropy (nats)": ("entropy",),
     "divergence from the rollout policy (mean)": ("divergence/mean",),
-    "share of tokens masked (GRPO: clipped)": ("masked/all", "clip_ratio/region_mean"),
+    MASKED: ("masked/all", "clip_ratio/region_mean"),
 }
 
 
@@ -30,36 +32,24 @@ def introduce(console: Console, training: int, held_out: int, config: "DemoConfi
 
 def print_table(console: Console, results: Sequence["RunResult"]) -> None:
     """Held-out accuracy before and after by method and seed."""
-    table = Table(title="greedy accuracy on held-out problems (%)")
-    for name, justify in (("method", "left"), ("seed", "right"), ("before", "right"), ("after", "right"), ("gain", "right")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    for name in ("masked tokens", "entropy", "seconds"):
-        table.add_column(name, justify="right")
+    table = Table(title="greedy accuracy on held-out problems (%)", box=SIMPLE_HEAD)
+    table.add_column("method", no_wrap=True)
+    for name in ("seed", "before", "after", "gain", "masked", "entropy", "time"):
+        table.add_column(name, justify="right", no_wrap=True)
     for result in results:
         gain = 100 * (result.accuracy_after - result.accuracy_before)
-        masked, entropy = (
-            series(result, PANELS[panel]) for panel in ("share of tokens masked (GRPO: clipped)", "entropy (nats)")
-        )
+        masked, entropy = (points(result, PANELS[panel])[1] for panel in (MASKED, "entropy (nats)"))
         table.add_row(
             result.method,
             str(result.seed),
             f"{100 * result.accuracy_before:.1f}",
             f"{100 * result.accuracy_after:.1f}",
             f"{gain:+.1f}",
-            f"{100 * sum(masked) / len(masked):.2f} %" if masked else "-",
-            f"{entropy[0]:.3f} -> {entropy[-1]:.3f}" if entropy else "-",
-            f"{result.seconds:.0f}",
+            f"{100 * sum(masked) / len(masked):.1f} %" if masked else "-",
+            f"{entropy[0]:.2f} > {entropy[-1]:.2f}" if entropy else "-",
+            f"{result.seconds:.0f} s",
         )
     console.print(table)
-
-
-def series(result: "RunResult", names: Sequence[str]) -> list[float]:
-    """Values of the first metric that was logged, in order of steps, NaN left out."""
-    for name in names:
-        values = [entry[name] for entry in result.history if entry.get(name) is not None]
-        if values:
-            return [value for value in values if not math.isnan(value)]
-    return []
 
 
 def draw(results: Sequence["RunResult"], path: Path) -> Path:
@@ -73,7 +63,7 @@ def draw(results: Sequence["RunResult"], path: Path) -> Path:
     methods = list(dict.fromkeys(result.method for result in results))
     for axis, (title, names) in zip(axes.flat, PANELS.items(), strict=True):
         for result in results:
-            steps, values = _points(result, names)
+            steps, values = points(result, names)
             first = result.seed == min(r.seed for r in results)
             colour = f"C{methods.index(result.method)}"
             axis.plot(steps, values, color=colour, alpha=0.85, linewidth=1.2, label=result.method if first else None)
@@ -87,9 +77,10 @@ def draw(results: Sequence["RunResult"], path: Path) -> Path:
     return path
 
 
-def _points(result: "RunResult", names: Sequence[str]) -> tuple[list[Any], list[float]]:
+def points(result: "RunResult", names: Sequence[str]) -> tuple[list[float], list[float]]:
+    """(steps, values) of the first metric that was logged, NaN left out."""
     for name in names:
-        points = [(entry["step"], entry[name]) for entry in result.history if entry.get(name) is not None]
+        points = [(entry["step"], entry[name]) for entry in result.history if not math.isnan(entry.get(name, math.nan))]
         if points:
             return [step for step, _ in points], [value for _, value in points]
     return [], []

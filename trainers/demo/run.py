@@ -124,9 +124,8 @@ def _train(
     trainer_class, config_class, settings = METHODS[method]
     slug = method.lower().replace(" ", "-")
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", FutureWarning
-        )  # transformers renames gradient checkpointing; TRL still says the old name
+        # transformers renames gradient checkpointing; TRL still says the old name.
+        warnings.simplefilter("ignore", FutureWarning)
         arguments = config_class(
             output_dir=str(out / "checkpoints" / f"{slug}-{seed}"),
             use_cpu=True,
