@@ -1,1 +1,1 @@
-"""One module a family; each has PROVIDERS, `inputs`, `flops` and `exact`."""
+"""One module a family; each has `inputs`, `verify` (errors against float64 by provider), `providers` and `flops`."""

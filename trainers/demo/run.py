@@ -107,7 +107,9 @@ def run_demo(config: DemoConfig) -> list[RunResult]:
     (out / "results.json").write_text(json.dumps([asdict(result) for result in results], indent=1))
     report.print_table(console, results)
     figure = report.draw(results, out / "demo.png")
-    console.print(f"figure {figure}, metrics {out / 'results.json'}; curves: tensorboard --logdir {out / 'tensorboard'}")
+    console.print(f"figure   {figure}", soft_wrap=True)
+    console.print(f"metrics  {out / 'results.json'}", soft_wrap=True)
+    console.print(f"curves   tensorboard --logdir {out / 'tensorboard'}", soft_wrap=True)
     return results
 
 
