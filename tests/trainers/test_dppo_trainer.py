@@ -137,6 +137,13 @@ class CispoOracle(ExactResumeMixin, RolloutCaptureMixin, GRPOTrainer):
         return (~(outwards & ((p - m).abs() > off_policy_threshold))).to(mask.dtype)
 
 
+def train_oracle(make_trainer: Any, make_config: Any, shared: dict[str, Any], **data: Any) -> Any:
+    trl = {"loss_type": "cispo", "epsilon_high": 20.0, "off_policy_mask_threshold": 0.15}
+    oracle = make_trainer(CispoOracle, config=make_config(GRPOConfig, **trl, **shared), **data)
+    oracle.train()
+    return oracle
+
+
 @pytest.mark.parametrize(("accumulation", "per_generation"), [(1, 2), (2, 4), (2, 2), (4, 2)])
 def test_six_steps_equal_stock_trl(make_trainer, make_config, model, tokenizer, accumulation: int, per_generation: int) -> None:
     start = {name: p.clone() for name, p in model.state_dict().items()}
@@ -153,11 +160,7 @@ def test_six_steps_equal_stock_trl(make_trainer, make_config, model, tokenizer, 
         assert max(history(ours, "masked/all")) > 0
     after_ours = weights(ours)
     model.load_state_dict(start)
-    oracle = make_trainer(
-        CispoOracle,
-        config=make_config(GRPOConfig, loss_type="cispo", epsilon_high=20.0, off_policy_mask_threshold=0.15, **shared),
-    )
-    oracle.train()
+    oracle = train_oracle(make_trainer, make_config, shared)
     for name, p in weights(oracle).items():
         torch.testing.assert_close(after_ours[name], p, rtol=0, atol=2e-5, msg=name)
     assert history(ours, "loss") == pytest.approx(history(oracle, "loss"), abs=2e-4)
@@ -182,9 +185,7 @@ def test_options_equal_stock_trl(make_trainer, make_config, model, prompts, chan
     ours.train()
     after_ours = weights(ours)
     model.load_state_dict(start)
-    oracle_config = make_config(GRPOConfig, loss_type="cispo", epsilon_high=20.0, off_policy_mask_threshold=0.15, **shared)
-    oracle = make_trainer(CispoOracle, config=oracle_config, **data)
-    oracle.train()
+    oracle = train_oracle(make_trainer, make_config, shared, **data)
     for name, p in weights(oracle).items():
         torch.testing.assert_close(after_ours[name], p, rtol=0, atol=2e-5, msg=name)
     assert any((p - start[name]).abs().max() > 1e-4 for name, p in after_ours.items())
@@ -209,11 +210,7 @@ def test_reference_kl_and_entropy_bonus_equal_stock_trl(make_trainer, make_confi
     ours.train()
     after_ours = weights(ours)
     model.load_state_dict(start)
-    oracle = make_trainer(
-        CispoOracle,
-        config=make_config(GRPOConfig, loss_type="cispo", epsilon_high=20.0, off_policy_mask_threshold=0.15, **shared),
-    )
-    oracle.train()
+    oracle = train_oracle(make_trainer, make_config, shared)
     assert history(ours, "kl") == pytest.approx(history(oracle, "kl"), abs=1e-4)
     assert max(history(ours, "kl")) > 1e-4
     for name, p in weights(oracle).items():
