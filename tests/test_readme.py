@@ -49,11 +49,13 @@ def test_the_trainer_example_runs(tmp_path, monkeypatch) -> None:
     history = scope["trainer"].state.log_history
     assert scope["trainer"].state.global_step == 2
     logged = set().union(*history)
-    for names in re.findall(r"It logs (.*?)and GRPO's", TEXT, re.DOTALL):
-        for pattern in re.findall(r"`([^`]+)`", names):
-            stem, _, rest = pattern.partition("{")
-            suffixes = rest.rstrip("}").split(",") if rest else [""]
-            assert {stem + suffix for suffix in suffixes} <= logged, pattern
+    [names] = re.findall(r"It logs (.*?)and GRPO's", TEXT, re.DOTALL)
+    patterns = re.findall(r"`([^`]+)`", names)
+    assert len(patterns) >= 7
+    for pattern in patterns:
+        stem, _, rest = pattern.partition("{")
+        suffixes = rest.rstrip("}").split(",") if rest else [""]
+        assert {stem + suffix for suffix in suffixes} <= logged, pattern
 
 
 def test_names_and_files_it_mentions_exist() -> None:

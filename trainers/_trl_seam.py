@@ -22,6 +22,26 @@ GRPO_TRAINER_METHODS = (
     "get_high_entropy_mask",
 )
 
+# Attributes of a constructed GRPOTrainer that are read or set (`_tr_loss`, `_globalstep_last_logged` and
+# `current_gradient_accumulation_steps` exist only while it trains).
+GRPO_TRAINER_ATTRIBUTES = (
+    "_buffered_inputs",
+    "_is_vlm",
+    "_metrics",
+    "_step",
+    "aux_loss_enabled",
+    "beta",
+    "generation_config",
+    "model_wrapped",
+    "num_generations",
+    "num_iterations",
+    "ref_model",
+    "rollout_func",
+    "temperature",
+    "tools",
+    "top_entropy_quantile",
+)
+
 
 def supported_range(package: str) -> str:
     low, high = SUPPORTED[package]
@@ -55,11 +75,20 @@ _missing = [name for name in GRPO_TRAINER_METHODS if not hasattr(GRPOTrainer, na
 if _missing:
     raise ImportError(f"trl {importlib.metadata.version('trl')} lacks GRPOTrainer.{', GRPOTrainer.'.join(_missing)}")
 
+
+def check_attributes(trainer: GRPOTrainer) -> None:
+    """Raise ImportError if a constructed trainer lacks an attribute that this package relies on."""
+    missing = [name for name in GRPO_TRAINER_ATTRIBUTES if not hasattr(trainer, name)]
+    if missing:
+        raise ImportError(f"GRPOTrainer of trl {importlib.metadata.version('trl')} sets no {', '.join(missing)}")
+
+
 __all__ = [
     "SUPPORTED",
     "GRPOConfig",
     "GRPOTrainer",
     "RepeatSampler",
+    "check_attributes",
     "check_versions",
     "load_balancing_loss_func",
     "supported_range",

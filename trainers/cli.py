@@ -75,7 +75,10 @@ def _demo(arguments: list[str]) -> int:
     from dppo_kernels.trainers.demo import DemoConfig, run_demo
 
     parser = HfArgumentParser(DemoConfig, prog="dppo demo", description=run_demo.__doc__)
-    (config,) = parser.parse_args_into_dataclasses(arguments)
+    try:
+        (config,) = parser.parse_args_into_dataclasses(arguments)
+    except ValueError as reason:
+        parser.error(str(reason))
     run_demo(config)
     return 0
 

@@ -8,7 +8,7 @@ from accelerate.utils import is_peft_model
 from torch import Tensor
 
 from dppo_kernels import DIVERGENCES, PRESETS, PolicyLossSpec, Stat, _checks, policy_loss
-from dppo_kernels.trainers._trl_seam import GRPOConfig, GRPOTrainer
+from dppo_kernels.trainers._trl_seam import GRPOConfig, GRPOTrainer, check_attributes
 from dppo_kernels.trainers.dropout import active_dropout, disable_dropout
 from dppo_kernels.trainers.metrics import StatLoggingMixin
 from dppo_kernels.trainers.resume import ExactResumeMixin
@@ -141,6 +141,7 @@ class DPPOTrainer(StatLoggingMixin, ExactResumeMixin, RolloutCaptureMixin, GRPOT
             if scored is not None:
                 base = self.accelerator.unwrap_model(scored)
                 install_scoring(base, temperature=self.temperature, cast_lm_head_to_fp32=args.cast_lm_head_to_fp32)
+        check_attributes(self)
 
     def _check_model(self, policy: Any) -> None:
         merged = self.generation_config.to_dict()
@@ -158,6 +159,8 @@ class DPPOTrainer(StatLoggingMixin, ExactResumeMixin, RolloutCaptureMixin, GRPOT
             raise ValueError("FSDP and DeepSpeed are not supported yet: run on one process or with DDP")
         if is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning:
             raise ValueError("prompt-learning PEFT (prompt, prefix, p-tuning) is not supported: use LoRA or another adapter")
+        if policy.config.get_text_config().model_type == "phimoe":
+            raise ValueError("PhiMoE draws its experts at random in train mode: rollout and training policies would differ")
         dropout = active_dropout(self.model)
         if dropout:
             raise ValueError(f"`disable_dropout=False`, but {dropout[0]} drops: rollout and training policies would differ")
@@ -192,7 +195,7 @@ class DPPOTrainer(StatLoggingMixin, ExactResumeMixin, RolloutCaptureMixin, GRPOT
             self._generation_step = self.state.global_step
         return super()._generate_and_score_completions(inputs)
 
-    def resume_signature(self) -> dict[str, int]:
+    def resume_signature(self) -> dict[str, float]:
         return {**super().resume_signature(), "divergence_topk": self.rollout_topk}
 
     def extra_resume_state(self) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from torch import nn
 
-# Models keep probabilities in two places: dropout modules, and float attributes handed to functional dropout.
-_ATTRIBUTE_WORDS = ("dropout", "layerdrop", "drop_prob", "drop_path", "jitter")
+# Models keep probabilities in two places: dropout modules, and float attributes handed to functional dropout. (Mixtral's
+# `jitter_noise` acts in train mode only; PhiMoE's `router_jitter_noise` is a threshold in eval mode too, and stays.)
+_ATTRIBUTE_WORDS = ("dropout", "layerdrop", "drop_prob", "drop_path", "pdrop")
+_ATTRIBUTES = ("jitter_noise",)
 
 
 def active_dropout(model: nn.Module) -> list[str]:
-    """Names of all modules and attributes of `model` that drop, or jitter, in train mode."""
+    """Names of dropout modules, and of modules' float attributes named like one, that drop or jitter in train mode."""
     found = []
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
@@ -29,5 +31,5 @@ def _random_attributes(module: nn.Module) -> list[str]:
     return [
         name
         for name, value in vars(module).items()
-        if isinstance(value, float) and value > 0 and any(word in name for word in _ATTRIBUTE_WORDS)
+        if isinstance(value, float) and value > 0 and (name in _ATTRIBUTES or any(word in name for word in _ATTRIBUTE_WORDS))
     ]

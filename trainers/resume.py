@@ -2,7 +2,8 @@
 
 TRL restores neither its micro-step counter nor the buffered rollouts, so a run saved inside a generation window starts a new
 one; its sampler restarts from the first epoch's permutation; a reference model that follows the policy is not saved. With this
-mixin, training N + M steps and training N, saving, loading and training M give the same bits, logs included.
+mixin, training N + M steps and training N, saving, loading and training M give the same bits, logs included (but for the final
+`train_loss`, which transformers divides by the steps of the last call alone).
 """
 
 import os
@@ -50,13 +51,16 @@ class ExactResumeMixin(Host):
     def load_extra_resume_state(self, state: dict[str, Any]) -> None:
         """Receives what `extra_resume_state` returned."""
 
-    def resume_signature(self) -> dict[str, int]:
+    def resume_signature(self) -> dict[str, float]:
         """Settings that a buffered rollout depends on: where one differs, the buffer is of no use."""
         return {
             "processes": self.accelerator.num_processes,
             "steps_per_generation": self.args.steps_per_generation,
             "num_iterations": self.num_iterations,
             "per_device_train_batch_size": self.args.per_device_train_batch_size,
+            "num_generations": self.num_generations,
+            "temperature": self.temperature,
+            "scores_reference": int(self.beta != 0),
         }
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -93,7 +97,9 @@ class ExactResumeMixin(Host):
         if not os.path.isfile(path):
             logger.warning(f"{path} is missing: the run continues, but not exactly (a new rollout is generated)")
             return
-        state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+        device = self.accelerator.device
+        # torch.load knows no "cpu:0", which is what a CPU process of several calls itself.
+        state = torch.load(path, map_location="cpu" if device.type == "cpu" else device, weights_only=True)
         changed = {
             name: (then, now) for name, now in self.resume_signature().items() if (then := state["signature"].get(name)) != now
         }

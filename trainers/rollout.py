@@ -75,6 +75,10 @@ def check_sampling(settings: Mapping[str, Any], temperature: float) -> None:
         )
 
 
+# Engines round: a log-prob may end up this much above 0.
+MAX_LOGPROB = 1e-3
+
+
 class CapturedLogprob(float):
     """A sampled token's log-prob that remembers its row in the store of top-K columns.
 
@@ -230,7 +234,7 @@ def check_custom_logprobs(
     """A `rollout_func` must give the finite log-prob of every token that the policy wrote.
 
     Raises:
-        ValueError: none were returned, or one is None, NaN or infinite (with its place).
+        ValueError: none were returned, or one is None, NaN, infinite or positive (with its place).
     """
     if logprobs is None:
         raise ValueError("`rollout_func` returned no log-probs; the trust region is measured against them")
@@ -238,8 +242,12 @@ def check_custom_logprobs(
         if len(row) != len(ids):
             raise ValueError(f"`rollout_func` returned {len(ids)} tokens and {len(row)} log-probs for completion {b}")
         for t, value in enumerate(row):
-            if (value is None or not math.isfinite(value)) and (written_by_policy is None or written_by_policy[b][t]):
-                raise ValueError(f"`rollout_func` returned log-prob {value} for token {t} of completion {b}; it must be finite")
+            if written_by_policy is not None and not written_by_policy[b][t]:
+                continue
+            if value is None or not -math.inf < value <= MAX_LOGPROB:
+                raise ValueError(
+                    f"`rollout_func` returned log-prob {value} for token {t} of completion {b}; it must be finite and at most 0"
+                )
 
 
 def store_custom_rollout(
@@ -279,6 +287,9 @@ def store_custom_rollout(
             row.setdefault(token, sampled[t])
             if not all(0 <= i < vocab for i in row):
                 raise ValueError(f"`topk_token_ids` of completion {b}, token {t} must be in [0, {vocab}), got {list(row)}")
+            for value in row.values():
+                if value is None or not value <= MAX_LOGPROB:  # -inf is an impossible token; NaN compares False
+                    raise ValueError(f"`topk_logprobs` of completion {b}, token {t} holds {value}; log-probs are at most 0")
             if len(row) > store.k + 1:
                 raise ValueError(f"`topk_token_ids` of completion {b}, token {t} holds more than K = {store.k} ids")
             id_rows[t, : len(row)] = torch.tensor(list(row))

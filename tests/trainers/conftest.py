@@ -82,7 +82,7 @@ def make_config(tmp_path: Path) -> Callable[..., DPPOConfig]:
             "output_dir": str(tmp_path / "out"),
             "use_cpu": True,
             "bf16": False,
-            "activation_checkpointing": False,
+            "gradient_checkpointing": False,
             "per_device_train_batch_size": 4,
             "num_generations": 4,
             "max_completion_length": 6,

@@ -10,17 +10,27 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.trainers import conftest
 from tests.trainers.test_dppo_trainer import Recording, loss_from_full_logits
 
+OUT, KIND = Path(sys.argv[1]), sys.argv[2]
 tokenizer = conftest.tokenizer.__wrapped__()
-model = conftest.model.__wrapped__(tokenizer)
-config = conftest.make_config.__wrapped__(Path(sys.argv[1]))(divergence_type=sys.argv[2], divergence_topk=3, learning_rate=2e-2)
-trainer = Recording(
-    model,
-    conftest.reward_length,
-    config,
-    train_dataset=conftest.prompts.__wrapped__(),
-    processing_class=tokenizer,
-)
-trainer.train()
+
+
+def train(resume: str | None) -> Recording:
+    config = conftest.make_config.__wrapped__(OUT)(
+        divergence_type=KIND, divergence_topk=3, learning_rate=2e-2, save_strategy="steps", save_steps=3
+    )
+    trainer = Recording(
+        conftest.model.__wrapped__(tokenizer),
+        conftest.reward_length,
+        config,
+        train_dataset=conftest.prompts.__wrapped__(),
+        processing_class=tokenizer,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+trainer = train(None)
+resumed = train(str(OUT / "out" / "checkpoint-3"))  # inside a rollout's window
 world = trainer.accelerator.num_processes
 errors = [abs(r["loss"].item() - world * loss_from_full_logits(trainer, r)) for r in trainer.recorded]
 result = {
@@ -28,6 +38,7 @@ result = {
     "world": world,
     "wrapped": isinstance(trainer.model_wrapped, DistributedDataParallel),
     "weights": {name: p.double().sum().item() for name, p in trainer.model.named_parameters()},
+    "resumed_equal": all(map(torch.equal, trainer.model.parameters(), resumed.model.parameters())),
     "loss_error": max(errors),
     "prompt_ids": trainer.recorded[0]["inputs"]["prompt_ids"].tolist(),
     "masked": conftest.history(trainer, "masked/all"),

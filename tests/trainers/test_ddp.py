@@ -29,6 +29,7 @@ def test_two_ranks_stay_equal(tmp_path, kind: str) -> None:
         assert rank["world"] == 2
         assert rank["wrapped"]
         assert rank["loss_error"] < 1e-5
+        assert rank["resumed_equal"]
     assert ranks[0]["weights"] == ranks[1]["weights"]
     assert ranks[0]["prompt_ids"] != ranks[1]["prompt_ids"]
     assert ranks[0]["masked"] == ranks[1]["masked"]  # metrics are reduced over ranks

@@ -1,6 +1,7 @@
 """DPPOTrainer: its loss against full logits and against stock TRL, and the settings users combine."""
 
 import math
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen3ForCausalLM, Qwen3Moe
 from trl import GRPOConfig, GRPOTrainer
 
 from dppo_kernels import DIVERGENCES, Stat
-from dppo_kernels.trainers import DPPOTrainer
+from dppo_kernels.trainers import DPPOTrainer, _trl_seam
+from dppo_kernels.trainers.dropout import active_dropout, disable_dropout
 from dppo_kernels.trainers.resume import ExactResumeMixin
 from dppo_kernels.trainers.rollout import RolloutCaptureMixin
 from tests.trainers.conftest import history, small_config, weights
@@ -394,6 +396,53 @@ def test_construction_refuses_what_cannot_be_trained(make_trainer, make_config, 
     prompt_tuning = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     with pytest.raises(ValueError, match=r"prompt-learning PEFT .* is not supported"):
         make_trainer(peft_config=prompt_tuning)
+
+
+@pytest.mark.parametrize(
+    ("owner", "attribute", "value", "message"),
+    [
+        ("", "_is_vlm", True, "vision-language models are not supported"),
+        ("", "is_fsdp_enabled", True, "FSDP and DeepSpeed are not supported"),
+        ("accelerator", "distributed_type", "DEEPSPEED", "FSDP and DeepSpeed are not supported"),
+        ("model.config", "model_type", "phimoe", "PhiMoE draws its experts at random"),
+    ],
+)
+def test_refusals_of_what_this_machine_cannot_build(make_trainer, owner: str, attribute: str, value: Any, message: str) -> None:
+    trainer = make_trainer()
+    holder = operator.attrgetter(owner)(trainer) if owner else trainer
+    with pytest.MonkeyPatch.context() as patch:
+        if owner == "accelerator":  # a property of its state
+            patch.setattr(type(holder), attribute, property(lambda self: value))
+        else:
+            patch.setattr(holder, attribute, value)
+        with pytest.raises(ValueError, match=message):
+            trainer._check_model(trainer.model)
+
+
+def test_topk_rollout_functions_cannot_use_trls_tool_loop(make_trainer) -> None:
+    trainer = make_trainer(divergence_type="topk_tv", divergence_topk=3)
+    trainer.rollout_func, trainer.tools = lambda prompts, trainer: {}, [print]
+    with pytest.raises(ValueError, match="cannot follow `rollout_func` through TRL's tool loop"):
+        trainer._check_model(trainer.model)
+
+
+def test_the_seam_names_what_a_trainer_lacks(make_trainer) -> None:
+    trainer = make_trainer()
+    _trl_seam.check_attributes(trainer)
+    del trainer._buffered_inputs
+    with pytest.raises(ImportError, match="sets no _buffered_inputs"):
+        _trl_seam.check_attributes(trainer)
+
+
+def test_dropout_is_found_by_the_names_models_give_it() -> None:
+    holder = torch.nn.Module()
+    holder.resid_pdrop, holder.attention_dropout, holder.jitter_noise = 0.1, 0.2, 0.3
+    holder.router_jitter_noise, holder.dropped = 0.01, 0.5  # a threshold of PhiMoE's routing, and no probability at all
+    model = torch.nn.Sequential(torch.nn.Dropout(0.1), holder)
+    assert active_dropout(model) == ["0", "1.resid_pdrop", "1.attention_dropout", "1.jitter_noise"]
+    disable_dropout(model)
+    assert active_dropout(model) == []
+    assert (holder.router_jitter_noise, holder.dropped) == (0.01, 0.5)
 
 
 def test_functional_dropout_is_off_in_train_mode(make_trainer, tokenizer) -> None:

@@ -100,6 +100,7 @@ def test_a_checkpoint_with_other_settings_drops_its_rollouts(make_trainer, model
     for changes, difference in (
         ({"steps_per_generation": 1}, "steps_per_generation 2 -> 1"),
         ({"divergence_type": "topk_tv", "divergence_topk": 3}, "divergence_topk 0 -> 3"),
+        ({"temperature": 0.5}, "temperature 1.0 -> 0.5"),
     ):
         with caplog.at_level("WARNING", logger="dppo_kernels.trainers.resume"):
             trainer = run(make_trainer, model, start, tmp_path / "b", resume=str(checkpoint), **{**settings, **changes})
@@ -113,6 +114,19 @@ def test_a_checkpoint_with_other_settings_drops_its_rollouts(make_trainer, model
     with caplog.at_level("WARNING", logger="dppo_kernels.trainers.resume"):
         run(make_trainer, model, start, tmp_path / "c", resume=str(checkpoint), **settings)
     assert "(processes 8 -> 1)" in caplog.text
+
+
+def test_a_buffer_without_reference_scores_is_dropped_where_beta_needs_them(make_trainer, model, tmp_path, caplog) -> None:
+    model.save_pretrained(tmp_path / "start")
+    model.config._name_or_path = str(tmp_path / "start")
+    start = {name: p.clone() for name, p in model.state_dict().items()}
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "num_iterations": 4}
+    run(make_trainer, model, start, tmp_path / "a", **settings)
+    checkpoint = str(tmp_path / "a" / "checkpoint-2")
+    with caplog.at_level("WARNING", logger="dppo_kernels.trainers.resume"):
+        trainer = run(make_trainer, model, start, tmp_path / "b", resume=checkpoint, beta=0.1, **settings)
+    assert "scores_reference 0 -> 1" in caplog.text
+    assert history(trainer, "kl")
 
 
 def test_training_twice_starts_over(make_trainer, model) -> None:

@@ -193,6 +193,9 @@ def test_custom_columns_are_deduplicated_injected_and_checked() -> None:
         ([[5], [1, 2, 3, 4]], [[-1.0], [-1.0] * 4], "token 1 holds more than K = 2 ids"),
         ([[5], [10]], [[-1.0], [-1.0]], r"token 1 must be in \[0, 10\), got \[10, 9\]"),
         ([[-2], [9]], [[-1.0], [-1.0]], r"token 0 must be in \[0, 10\), got \[-2, 5\]"),
+        ([[5], [9]], [[-1.0], [float("nan")]], "`topk_logprobs` of completion 0, token 1 holds nan"),
+        ([[5, 4], [9]], [[-1.0, None], [-1.0]], "token 0 holds None"),
+        ([[5], [9]], [[1.0], [-1.0]], "token 0 holds 1.0; log-probs are at most 0"),
     ],
 )
 def test_custom_columns_that_do_not_fit_are_refused(ids: list, values: list, message: str) -> None:
@@ -220,6 +223,7 @@ def test_custom_columns_of_tokens_the_policy_did_not_write_are_empty() -> None:
         ([[-1.0, None]], "log-prob None for token 1 of completion 0"),
         ([[-1.0, float("nan")]], "log-prob nan for token 1"),
         ([[-1.0, float("-inf")]], "log-prob -inf for token 1"),
+        ([[-1.0, 0.7]], "log-prob 0.7 for token 1 of completion 0; it must be finite and at most 0"),
     ],
 )
 def test_custom_logprobs_must_be_finite(logprobs: list | None, message: str) -> None:

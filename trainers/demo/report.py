@@ -80,7 +80,8 @@ def draw(results: Sequence["RunResult"], path: Path) -> Path:
 def points(result: "RunResult", names: Sequence[str]) -> tuple[list[float], list[float]]:
     """(steps, values) of the first metric that was logged, NaN left out."""
     for name in names:
-        points = [(entry["step"], entry[name]) for entry in result.history if not math.isnan(entry.get(name, math.nan))]
+        logged = [(entry["step"], entry.get(name)) for entry in result.history]
+        points = [(step, value) for step, value in logged if value is not None and not math.isnan(value)]
         if points:
             return [step for step, _ in points], [value for _, value in points]
     return [], []

@@ -126,13 +126,13 @@ def _train(
     trainer_class, config_class, settings = METHODS[method]
     slug = method.lower().replace(" ", "-")
     with warnings.catch_warnings():
-        # transformers renames gradient checkpointing; TRL still says the old name.
+        # Newer transformers say `activation_checkpointing`; the old name works in all that are supported.
         warnings.simplefilter("ignore", FutureWarning)
         arguments = config_class(
             output_dir=str(out / "checkpoints" / f"{slug}-{seed}"),
             use_cpu=True,
             bf16=False,
-            activation_checkpointing=False,
+            gradient_checkpointing=False,
             seed=seed,
             learning_rate=1e-4,
             lr_scheduler_type="constant",
