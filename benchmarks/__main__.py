@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.compile import ARCHITECTURES, run_compile
 from benchmarks.harness import device_name, paired_rounds, peak_bytes, quantiles, ratio, stamp, write_rows
 from benchmarks.shapes import shapes_for
 
@@ -67,7 +68,11 @@ def main() -> None:
     arguments.add_argument("--dtype", choices=("float32", "bfloat16"), default=None)
     arguments.add_argument("--rounds", type=int, default=9)
     arguments.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
+    compiled = commands.add_parser("compile", help="compile every kernel ahead of time and report its resources")
+    compiled.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parsed = parser.parse_args()
+    if parsed.command == "compile":
+        raise SystemExit(run_compile(parsed.arch))
     device = torch.device(parsed.device)
     dtype = getattr(torch, parsed.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     folder = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")

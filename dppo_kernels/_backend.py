@@ -13,55 +13,77 @@ from dppo_kernels._checks import check_choice
 
 BACKENDS = ("auto", "reference", "torch", "triton", "cuda")
 
-# What each op is implemented in, best first: `auto` takes the first that is available.
+# What each op is implemented in, best first: `auto` takes the first that can serve the call.
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
-    "linear_logprobs": ("torch", "reference"),
-    "token_logprobs": ("torch", "reference"),
+    "linear_logprobs": ("triton", "torch", "reference"),
+    "token_logprobs": ("triton", "torch", "reference"),
     "topk_logprobs": ("torch", "reference"),
 }
 
 ENVIRONMENT_VARIABLE = "DPPO_KERNELS_BACKEND"
 
+# Looked up once: neither Triton is imported here nor CUDA started.
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
 
 def status() -> dict[str, tuple[bool, str]]:
-    """Backend name -> (available on this machine, reason). Looks without importing Triton or starting CUDA."""
-    triton_found = importlib.util.find_spec("triton") is not None
-    cuda_built = torch.backends.cuda.is_built()
+    """Backend name -> (available on this machine, reason)."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    obstacle = _triton_obstacle(device, torch.float32)
+    how = "interpreted, for tests" if _INTERPRETED else "fused kernels on CUDA tensors"
     return {
         "reference": (True, "definition in plain torch, autograd through row chunks"),
         "torch": (True, f"tiled torch {torch.__version__}, {torch.get_num_threads()} CPU threads"),
-        "triton": (
-            False,
-            "this version has no Triton kernels" + ("" if triton_found else ", and Triton is not installed"),
-        ),
-        "cuda": (
-            False,
-            "this version has no CUDA kernels" + ("" if cuda_built else ", and torch is a CPU build"),
-        ),
+        "triton": (obstacle is None, how if obstacle is None else obstacle),
+        "cuda": (False, "this version has no CUDA C++ kernels"),
     }
 
 
-def resolve(op: str, backend: str | None) -> str:
-    """The implementation that serves `op`: the argument, else the environment, else the best one available.
+def resolve(op: str, backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """The implementation that serves `op` on tensors of this device and dtype: the argument's, the environment's or the best.
 
     Raises:
-        ValueError: unknown backend, or one that cannot serve `op` (with the reason).
+        ValueError: unknown backend, or one that cannot serve the call (with the reason).
     """
     requested, source = _requested(backend)
     if requested == "auto":
-        return IMPLEMENTATIONS[op][0]
-    if requested not in IMPLEMENTATIONS[op]:
-        raise ValueError(f"{source} cannot serve {op}: {status()[requested][1]}. It runs on {', '.join(IMPLEMENTATIONS[op])}")
+        return next(name for name in IMPLEMENTATIONS[op] if _obstacle(op, name, device, dtype, named=False) is None)
+    obstacle = _obstacle(op, requested, device, dtype, named=True)
+    if obstacle is not None:
+        raise ValueError(f"{source} cannot serve {op}: {obstacle}. It is implemented in {', '.join(IMPLEMENTATIONS[op])}")
     return requested
 
 
-def explain(op: str, backend: str | None = None) -> str:
-    """One sentence: which implementation serves `op` and why."""
+def explain(op: str, backend: str | None = None, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> str:
+    """One sentence: which implementation serves `op` and why. `device` defaults to CUDA where there is one."""
     check_choice("op", op, IMPLEMENTATIONS)
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     requested, source = _requested(backend)
-    name = resolve(op, backend)
-    why = "the best one implemented" if requested == "auto" else f"named by {source}"
+    name = resolve(op, backend, device, dtype)
+    why = f"the best one for {device.type} tensors" if requested == "auto" else f"named by {source}"
     return f"{op} runs on {name!r} ({why}): {status()[name][1]}"
+
+
+def _obstacle(op: str, name: str, device: torch.device, dtype: torch.dtype, *, named: bool) -> str | None:
+    """Why this implementation cannot serve, or (not `named`) should not be picked."""
+    if name not in IMPLEMENTATIONS[op]:
+        return f"this version has no {name} implementation of it"
+    if name == "triton":
+        if not named and device.type == "cpu":
+            return "the interpreter is for tests"
+        return _triton_obstacle(device, dtype)
+    return None
+
+
+def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    if not _TRITON_INSTALLED:
+        return "Triton is not installed"
+    if device.type != "cuda" and not _INTERPRETED:
+        return f"its kernels need a CUDA device, these tensors are on {device.type} (TRITON_INTERPRET=1 interprets them)"
+    if dtype == torch.float64:
+        return "its statistics are float32, these tensors are float64"
+    return None
 
 
 def _requested(backend: str | None) -> tuple[str, str]:

@@ -30,16 +30,46 @@ class Upstream(NamedTuple):
     entropy: Tensor | None  # [N]
     gathered: Tensor | None  # [N, K]
 
+    def any_per_row(self, counted: Tensor) -> Tensor:
+        """Which of the rows that count any gradient arrives at: bool [N]."""
+        active = torch.zeros_like(counted)
+        for grad in self:
+            if grad is not None:
+                active |= (grad != 0).any(-1) if grad.dim() == 2 else grad != 0
+        return active & counted
+
+    def on_probs(self, gather_ids: Tensor | None, entropy: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(A, B) [N], in the dtype of `like` [N]: away from the target and the gathered ids ``dL/dz = p (A + B log p)``."""
+        a, b = torch.zeros_like(like), torch.zeros_like(like)
+        if self.lse is not None:
+            a += self.lse
+        if self.logprobs is not None:
+            a -= self.logprobs
+        if self.gathered is not None and gather_ids is not None:
+            a -= self.gathered.masked_fill(gather_ids < 0, 0.0).sum(1)
+        if self.entropy is not None and entropy is not None:
+            a -= self.entropy * entropy
+            b -= self.entropy
+        return a, b
+
+    def picked(self, ids: Tensor, gather_ids: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """(ids, gradients) [N, 1 + K or fewer] of the log-probs that a gradient arrives at; None if it arrives at none."""
+        columns: list[tuple[Tensor, Tensor]] = []
+        if self.logprobs is not None:
+            columns.append((ids[:, None], self.logprobs[:, None]))
+        if self.gathered is not None and gather_ids is not None:
+            columns.append((gather_ids, self.gathered))
+        if not columns:
+            return None
+        all_ids, gradients = (torch.cat(parts, 1) for parts in zip(*columns, strict=True))
+        return all_ids, gradients
+
     def partition(self, counted: Tensor) -> tuple[Tensor, Tensor]:
         """Numbers of the rows that count and that any gradient arrives at, and of all others; both ascending.
 
         One row-count read: the sort stays on the device, only the length of the first part comes to the host.
         """
-        active = torch.zeros_like(counted)
-        for grad in self:
-            if grad is not None:
-                active |= (grad != 0).any(-1) if grad.dim() == 2 else grad != 0
-        active &= counted
+        active = self.any_per_row(counted)
         order = torch.sort(active.to(torch.int8), descending=True, stable=True).indices
         count = int(active.sum())
         return order[:count], order[count:]
@@ -130,29 +160,20 @@ def logits_gradient(
 
     With p = exp(z - lse):  dz = p * (g_lse - g_logprob - sum_k g_k) - g_H * p * (log p + H) + g at the target and gathered ids.
     """
-    on_probs = z.new_zeros(z.shape[0])
-    if upstream.lse is not None:
-        on_probs += upstream.lse
-    if upstream.logprobs is not None:
-        on_probs -= upstream.logprobs
-    gathered_grad = None
-    if upstream.gathered is not None and gather_ids is not None:
-        gathered_grad = upstream.gathered.masked_fill(gather_ids < 0, 0.0)
-        on_probs -= gathered_grad.sum(1)
-
+    on_probs, on_logprobs = upstream.on_probs(gather_ids, entropy, row_max)
     z -= row_max[:, None]
     z -= log_sum[:, None]
     if upstream.entropy is not None and entropy is not None:
         p = z.exp()
-        z.clamp_(min=_FINITE_MINUS_INF).mul_(-upstream.entropy[:, None])
-        z += (on_probs - upstream.entropy * entropy)[:, None]
+        z.clamp_(min=_FINITE_MINUS_INF).mul_(on_logprobs[:, None])
+        z += on_probs[:, None]
         z *= p
     else:
         z.exp_().mul_(on_probs[:, None])
     if upstream.logprobs is not None:
         add_to_columns(z, ids[:, None], start, upstream.logprobs[:, None])
-    if gathered_grad is not None and gather_ids is not None:
-        add_to_columns(z, gather_ids, start, gathered_grad)
+    if upstream.gathered is not None and gather_ids is not None:
+        add_to_columns(z, gather_ids, start, upstream.gathered)
     return z
 
 

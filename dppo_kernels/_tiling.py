@@ -6,6 +6,8 @@ over 128..1024 rows x 512..8192 columns; larger tiles fall out of the last-level
 
 from typing import NamedTuple
 
+import torch
+
 TILE_ELEMENTS = 1 << 20  # logits
 TILE_ROWS = 512
 WEIGHT_TILE_ELEMENTS = 1 << 22  # of the head: upcast for the tile, and a gradient of the same size
@@ -26,6 +28,77 @@ def pick_linear_tile(n_rows: int, vocab: int, hidden_size: int) -> Tile:
     rows = max(1, min(n_rows, TILE_ROWS))
     n_tiles = max(1, -(-vocab * rows // TILE_ELEMENTS), -(-vocab * hidden_size // WEIGHT_TILE_ELEMENTS))
     return Tile(rows, max(1, -(-vocab // n_tiles)))
+
+
+class LsePlan(NamedTuple):
+    """Tile of the LSE kernel. Nothing in it depends on the number of rows: results are batch-invariant."""
+
+    block_n: int
+    block_v: int
+    block_h: int
+    segment_tiles: int  # vocabulary tiles a program walks
+    group_blocks: int  # row blocks that walk a segment together
+    num_warps: int
+    num_stages: int
+
+
+# By (capability at least, bytes per element), first match. Not measured yet: shapes that compile without spills on sm_90.
+_LSE_PLANS: tuple[tuple[tuple[int, int], int, LsePlan], ...] = (
+    ((9, 0), 2, LsePlan(128, 256, 64, 8, 16, 8, 3)),
+    ((8, 0), 2, LsePlan(128, 128, 32, 16, 16, 8, 3)),
+    ((0, 0), 4, LsePlan(64, 64, 32, 32, 32, 4, 2)),
+)
+INTERPRETER_LSE_PLAN = LsePlan(16, 32, 32, 2, 2, 4, 1)
+
+
+def pick_lse_plan(capability: tuple[int, int] | None, dtype: torch.dtype) -> LsePlan:
+    """Tile for a device of this compute capability (None = the interpreter)."""
+    if capability is None:
+        return INTERPRETER_LSE_PLAN
+    return next(plan for least, size, plan in _LSE_PLANS if capability >= least and dtype.itemsize == size)
+
+
+class GradPlan(NamedTuple):
+    """Strip of recomputed logit gradients and the tiles of the three GEMMs that make and use it."""
+
+    chunk_rows: int
+    strip_cols: int
+    block_n: int  # of the recomputation: [block_n, block_v] over block_h
+    block_v: int
+    block_h: int
+    gemm_m: int  # of dhidden and dweight: [gemm_m, gemm_h] over gemm_k
+    gemm_h: int
+    gemm_k: int
+    num_warps: int
+    num_stages: int
+
+
+# A strip is written once and read twice: 4096 x 4096 in 16 bits is 32 MiB, which an L2 of 40 to 50 MB holds. Not measured yet.
+_GRAD_PLANS: tuple[tuple[tuple[int, int], int, GradPlan], ...] = (
+    ((9, 0), 2, GradPlan(4096, 4096, 128, 256, 64, 128, 256, 64, 8, 3)),
+    ((8, 0), 2, GradPlan(4096, 4096, 128, 128, 32, 128, 128, 32, 8, 3)),
+    ((0, 0), 4, GradPlan(2048, 4096, 64, 64, 32, 64, 64, 32, 4, 2)),
+)
+INTERPRETER_GRAD_PLAN = GradPlan(32, 64, 16, 32, 32, 16, 32, 16, 4, 1)
+
+
+def pick_grad_plan(capability: tuple[int, int] | None, dtype: torch.dtype) -> GradPlan:
+    """Strip and tiles for a device of this compute capability (None = the interpreter)."""
+    if capability is None:
+        return INTERPRETER_GRAD_PLAN
+    return next(plan for least, size, plan in _GRAD_PLANS if capability >= least and dtype.itemsize == size)
+
+
+class RowPlan(NamedTuple):
+    """Columns of a row that a program of the logits-level kernels holds at one time."""
+
+    block_v: int
+    num_warps: int
+
+
+def pick_row_plan(capability: tuple[int, int] | None) -> RowPlan:
+    """16 values a thread: enough loads in flight for the memory, few enough registers for several programs per SM."""
+    return RowPlan(64, 4) if capability is None else RowPlan(4096, 8)
 
 
 def pick_row_chunk(vocab: int) -> int:

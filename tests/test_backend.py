@@ -5,34 +5,65 @@ import torch
 
 from dppo_kernels import _backend, token_logprobs
 
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
-def test_auto_takes_the_first_implementation(monkeypatch) -> None:
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch) -> None:
     monkeypatch.delenv("DPPO_KERNELS_BACKEND", raising=False)
-    for op, names in _backend.IMPLEMENTATIONS.items():
-        assert _backend.resolve(op, None) == _backend.resolve(op, "auto") == names[0]
+    monkeypatch.setattr(_backend, "_TRITON_INSTALLED", True)
+    monkeypatch.setattr(_backend, "_INTERPRETED", False)
+
+
+@pytest.mark.parametrize("op", ["linear_logprobs", "token_logprobs"])
+def test_auto_takes_triton_on_cuda_and_torch_elsewhere(op: str, monkeypatch) -> None:
+    assert _backend.resolve(op, None, CUDA, torch.bfloat16) == _backend.resolve(op, "auto", CUDA, torch.float32) == "triton"
+    assert _backend.resolve(op, None, CUDA, torch.float64) == "torch"
+    assert _backend.resolve(op, None, CPU, torch.float32) == "torch"
+    monkeypatch.setattr(_backend, "_INTERPRETED", True)
+    assert _backend.resolve(op, None, CPU, torch.float32) == "torch"  # the interpreter has to be asked for
+    assert _backend.resolve(op, "triton", CPU, torch.float32) == "triton"
+    monkeypatch.setattr(_backend, "_TRITON_INSTALLED", False)
+    assert _backend.resolve(op, None, CUDA, torch.bfloat16) == "torch"
 
 
 def test_environment_is_overruled_by_the_argument(monkeypatch) -> None:
     monkeypatch.setenv("DPPO_KERNELS_BACKEND", "reference")
-    assert _backend.resolve("linear_logprobs", None) == "reference"
-    assert _backend.resolve("linear_logprobs", "torch") == "torch"
+    assert _backend.resolve("linear_logprobs", None, CPU, torch.float32) == "reference"
+    assert _backend.resolve("linear_logprobs", "torch", CPU, torch.float32) == "torch"
     monkeypatch.setenv("DPPO_KERNELS_BACKEND", "fastest")
     with pytest.raises(ValueError, match=r"`DPPO_KERNELS_BACKEND` must be one of 'auto'.*got 'fastest'"):
-        _backend.resolve("linear_logprobs", None)
+        _backend.resolve("linear_logprobs", None, CPU, torch.float32)
 
 
-@pytest.mark.parametrize("name", ["triton", "cuda"])
-def test_a_named_backend_that_cannot_serve_says_why(name: str, monkeypatch) -> None:
-    with pytest.raises(ValueError, match=f"backend='{name}' cannot serve token_logprobs: .*this version has no"):
-        token_logprobs(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), backend=name)
+@pytest.mark.parametrize(
+    ("name", "dtype", "reason"),
+    [
+        ("triton", torch.float32, "its kernels need a CUDA device, these tensors are on cpu"),
+        ("cuda", torch.float32, "this version has no cuda implementation of it"),
+    ],
+)
+def test_a_named_backend_that_cannot_serve_says_why(name: str, dtype: torch.dtype, reason: str, monkeypatch) -> None:
+    arguments = torch.zeros(1, 2, dtype=dtype), torch.zeros(1, dtype=torch.long)
+    with pytest.raises(ValueError, match=f"backend='{name}' cannot serve token_logprobs: {reason}"):
+        token_logprobs(*arguments, backend=name)
     monkeypatch.setenv("DPPO_KERNELS_BACKEND", name)
     with pytest.raises(ValueError, match=f"DPPO_KERNELS_BACKEND='{name}' cannot serve"):
-        token_logprobs(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long))
+        token_logprobs(*arguments)
 
 
-def test_explain_names_the_choice_and_its_reason(monkeypatch) -> None:
-    monkeypatch.delenv("DPPO_KERNELS_BACKEND", raising=False)
-    assert _backend.explain("topk_logprobs").startswith("topk_logprobs runs on 'torch' (the best one implemented)")
+def test_triton_refuses_float64_and_its_own_absence(monkeypatch) -> None:
+    with pytest.raises(ValueError, match="its statistics are float32, these tensors are float64"):
+        _backend.resolve("linear_logprobs", "triton", CUDA, torch.float64)
+    monkeypatch.setattr(_backend, "_TRITON_INSTALLED", False)
+    with pytest.raises(ValueError, match="Triton is not installed"):
+        _backend.resolve("linear_logprobs", "triton", CUDA, torch.float32)
+    assert _backend.status()["triton"] == (False, "Triton is not installed")
+
+
+def test_explain_names_the_choice_and_its_reason() -> None:
+    assert _backend.explain("topk_logprobs", device=CPU).startswith("topk_logprobs runs on 'torch' (the best one for cpu")
+    assert _backend.explain("linear_logprobs", device=CUDA).startswith("linear_logprobs runs on 'triton'")
     assert "named by backend='reference'" in _backend.explain("topk_logprobs", "reference")
 
 

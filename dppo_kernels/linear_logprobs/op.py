@@ -1,6 +1,6 @@
 """Public `linear_logprobs` and its custom ops ``dppo_kernels::linear_logprobs{,_backward}``."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,8 +9,9 @@ from torch import Tensor
 from dppo_kernels import _backend, _checks
 from dppo_kernels._numerics import autocast_dtype, split_temperature, stat_dtype
 from dppo_kernels._row_stats import OUTPUTS, Upstream
+from dppo_kernels.linear_logprobs import torch_impl
+from dppo_kernels.linear_logprobs.projection import Projection
 from dppo_kernels.linear_logprobs.reference import linear_logprobs_ref
-from dppo_kernels.linear_logprobs.torch_impl import Projection, linear_logprobs_bwd, linear_logprobs_fwd
 
 
 class LinearLogprobs(NamedTuple):
@@ -57,7 +58,8 @@ def linear_logprobs(
         softcap: Gemma-style soft-cap of the logits.
         outputs: any of "logprobs", "lse", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"; the last three carry no
             gradient. Outputs not asked for are None and cost nothing.
-        backend: "auto" (default), "reference" or "torch"; also set by ``DPPO_KERNELS_BACKEND``.
+        backend: "auto" (default: "triton" on CUDA, else "torch"), "triton", "torch" or "reference"; also set by
+            ``DPPO_KERNELS_BACKEND``. float64 runs on "torch".
         check_values: check the range of ids on CUDA too (a host sync); on CPU they are always checked.
 
     Returns:
@@ -69,14 +71,14 @@ def linear_logprobs(
     Source: online softmax, Milakov & Gimelshein (arXiv 1805.02867); recomputed tiles, Wijmans et al. (arXiv 2411.09009).
     """
     _check_arguments(hidden, weight, ids, bias, gather_ids, temperature, logit_scale, softcap, outputs)
-    name = _backend.resolve("linear_logprobs", backend)
+    autocast = autocast_dtype(hidden.device)
+    compute_dtype = hidden.dtype if autocast is None or hidden.dtype == torch.float64 else autocast
+    name = _backend.resolve("linear_logprobs", backend, hidden.device, compute_dtype)
     lead, hidden_size = ids.shape, hidden.shape[-1]
     hidden = hidden.reshape(-1, hidden_size)
     ids = ids.reshape(-1).long()
     if gather_ids is not None:
         gather_ids = gather_ids.reshape(ids.shape[0], gather_ids.shape[-1]).long()
-    autocast = autocast_dtype(hidden.device)
-    compute_dtype = hidden.dtype if autocast is None or hidden.dtype == torch.float64 else autocast
     row_temperature, scalar_temperature = split_temperature(temperature, ids.shape[0], stat_dtype(compute_dtype))
 
     if name == "reference":
@@ -109,6 +111,7 @@ def linear_logprobs(
             compute_dtype,
             ",".join(outputs),
             check_values,
+            name,
         )
         values = dict(zip(_FIELDS, flat, strict=True))
     wanted = {key: values[key].reshape(lead) for key in outputs}
@@ -137,6 +140,7 @@ def _forward_op(
     compute_dtype: torch.dtype,
     outputs: str,
     check_values: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     if hidden.device.type == "cpu" or check_values:
         _checks.check_values(ids, gather_ids, row_temperature, weight.shape[0], ignore_index)
@@ -145,7 +149,7 @@ def _forward_op(
         hidden, weight, bias, temperature if row_temperature is None else row_temperature, logit_scale, softcap, compute_dtype
     )
     with torch.autocast(hidden.device.type, enabled=False):
-        values = linear_logprobs_fwd(projection, ids, gather_ids, ignore_index=ignore_index, outputs=asked)
+        values = _forward(backend)(projection, ids, gather_ids, ignore_index=ignore_index, outputs=asked)
     return _pack(values, asked, projection.dtype, hidden)
 
 
@@ -153,7 +157,7 @@ def _forward_op(
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, gather_ids: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
-    compute_dtype, outputs, _ = rest[-3:]
+    compute_dtype, outputs, *_ = rest[-4:]
     asked, dtype = frozenset(outputs.split(",")), stat_dtype(compute_dtype)
     values = {
         name: hidden.new_empty(ids.shape[0], dtype=torch.bool if name == "is_top1" else dtype)
@@ -163,6 +167,22 @@ def _(
     if gather_ids is not None:
         values["gathered"] = hidden.new_empty(gather_ids.shape, dtype=dtype)
     return _pack(values, asked, dtype, hidden)
+
+
+def _forward(backend: str) -> Callable[..., dict[str, Tensor]]:
+    if backend == "triton":  # imported here: the package works without Triton
+        from dppo_kernels.linear_logprobs import kernels
+
+        return kernels.linear_logprobs_fwd
+    return torch_impl.linear_logprobs_fwd
+
+
+def _backward_of(backend: str) -> Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    if backend == "triton":
+        from dppo_kernels.linear_logprobs import kernels_bwd
+
+        return kernels_bwd.linear_logprobs_bwd
+    return torch_impl.linear_logprobs_bwd
 
 
 def _pack(values: dict[str, Tensor], asked: frozenset[str], dtype: torch.dtype, like: Tensor) -> Any:
@@ -195,6 +215,7 @@ def _backward_op(
     softcap: float | None,
     ignore_index: int,
     compute_dtype: torch.dtype,
+    backend: str,
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
@@ -206,7 +227,7 @@ def _backward_op(
     if dentropy is not None:
         saved["entropy"] = entropy
     with torch.autocast(hidden.device.type, enabled=False):
-        grads = linear_logprobs_bwd(
+        grads = _backward_of(backend)(
             projection,
             ids,
             gather_ids,
@@ -237,14 +258,14 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, ids, gather_ids, row_temperature, *scalars, outputs, _ = inputs
+    hidden, weight, bias, ids, gather_ids, row_temperature, *scalars, outputs, _, backend = inputs
     values = dict(zip(_FIELDS, output, strict=True))
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*(values[name] for name in _FIELDS if name not in _DIFFERENTIABLE))
     ctx.save_for_backward(
         hidden, weight, bias, ids, gather_ids, row_temperature, values["row_max"], values["log_sum"], values["entropy"]
     )
-    ctx.scalars = scalars
+    ctx.scalars = (*scalars, backend)
     ctx.outputs = outputs.split(",")
 
 
@@ -257,7 +278,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         upstream[-1] = None
     needs = ctx.needs_input_grad[:3]
     gradients = torch.ops.dppo_kernels.linear_logprobs_backward(*upstream, hidden, weight, bias, *rest, *ctx.scalars, *needs)
-    return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 10)
+    return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 11)
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)

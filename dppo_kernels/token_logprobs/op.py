@@ -1,7 +1,9 @@
 """Public `token_logprobs` and `topk_logprobs`, and their custom ops ``dppo_kernels::{token_logprobs*,topk_logprobs}``."""
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -10,13 +12,9 @@ from torch import Tensor
 from dppo_kernels import _backend, _checks
 from dppo_kernels._numerics import split_temperature, stat_dtype
 from dppo_kernels._row_stats import Upstream
+from dppo_kernels.token_logprobs import torch_impl
 from dppo_kernels.token_logprobs.reference import token_logprobs_ref, topk_logprobs_ref
-from dppo_kernels.token_logprobs.torch_impl import (
-    check_finite_maximum,
-    token_logprobs_bwd,
-    token_logprobs_fwd,
-    topk_logprobs_fwd,
-)
+from dppo_kernels.token_logprobs.torch_impl import check_finite_maximum, topk_logprobs_fwd
 
 MAX_K = 128
 
@@ -57,7 +55,8 @@ def token_logprobs(
     """Log-probs, entropy, LSE and gathered log-probs of logits that already exist.
 
     Args:
-        logits: [..., V] of any strides; -inf is allowed.
+        logits: [..., V], -inf is allowed. Any strides: not copied as long as the leading dimensions fold into two, as those of
+            ``logits[:, :-1]`` do.
         ids: [...] int32/int64 token ids. Rows equal to `ignore_index` give 0, get no gradient and are not read.
         gather_ids: [..., K] ids whose log-probs are wanted as well; an id < 0 gives 0 and no gradient.
         temperature: positive number, or a tensor [...] with one per row (not differentiable); ``z = logits / temperature``.
@@ -66,7 +65,8 @@ def token_logprobs(
         inplace_backward: write the gradient over `logits` instead of allocating another [..., V] tensor. The logits are
             destroyed by the backward, so nothing else may need them; a leaf that requires grad, a view of one, and logits
             whose elements share memory are refused.
-        backend: "auto" (default), "reference" or "torch"; also set by ``DPPO_KERNELS_BACKEND``.
+        backend: "auto" (default: "triton" on CUDA, else "torch"), "triton", "torch" or "reference"; also set by
+            ``DPPO_KERNELS_BACKEND``. float64 runs on "torch".
         check_values: check the range of ids on CUDA too (a host sync); on CPU they are always checked.
 
     Returns:
@@ -82,18 +82,18 @@ def token_logprobs(
         raise ValueError(f"`outputs` must be a sequence naming at least one of {', '.join(OUTPUTS)}; got {outputs!r}")
     for output in outputs:
         _checks.check_choice("outputs", output, OUTPUTS)
-    name = _backend.resolve("token_logprobs", backend)
+    name = _backend.resolve("token_logprobs", backend, logits.device, logits.dtype)
     if inplace_backward:
         _check_inplace(logits, name)
     lead, vocab = ids.shape, logits.shape[-1]
-    flat_logits, flat_ids = logits.reshape(-1, vocab), ids.reshape(-1).long()
+    row_blocks, flat_ids = _as_row_blocks(logits), ids.reshape(-1).long()
     flat_gather = None if gather_ids is None else gather_ids.reshape(flat_ids.shape[0], gather_ids.shape[-1]).long()
     row_temperature, scalar_temperature = split_temperature(temperature, flat_ids.shape[0], stat_dtype(logits.dtype))
     if name == "reference":
         if logits.device.type == "cpu" or check_values:
             _checks.check_values(flat_ids, flat_gather, row_temperature, vocab, ignore_index)
         values = token_logprobs_ref(
-            flat_logits,
+            logits.reshape(-1, vocab),
             flat_ids,
             flat_gather,
             scalar_temperature if row_temperature is None else row_temperature,
@@ -101,7 +101,7 @@ def token_logprobs(
         )
     else:
         flat = torch.ops.dppo_kernels.token_logprobs(
-            flat_logits,
+            row_blocks,
             flat_ids,
             flat_gather,
             row_temperature,
@@ -110,6 +110,7 @@ def token_logprobs(
             inplace_backward,
             ",".join(outputs),
             check_values,
+            name,
         )
         values = dict(zip(_FIELDS, flat, strict=True))
     wanted = {key: values[key].reshape(lead) for key in outputs}
@@ -154,7 +155,7 @@ def topk_logprobs(
     vocab = logits.shape[-1]
     if not 1 <= k <= min(vocab, MAX_K):
         raise ValueError(f"`k` must be in [1, min(V, {MAX_K})] = [1, {min(vocab, MAX_K)}], got {k}")
-    name = _backend.resolve("topk_logprobs", backend)
+    name = _backend.resolve("topk_logprobs", backend, logits.device, logits.dtype)
     lead = sampled_ids.shape
     flat_logits, flat_ids = logits.detach().reshape(-1, vocab), sampled_ids.reshape(-1).long()
     row_temperature, scalar_temperature = split_temperature(temperature, flat_ids.shape[0], stat_dtype(logits.dtype))
@@ -174,7 +175,7 @@ _FIELDS = ("logprobs", "lse", "entropy", "gathered", "row_max", "log_sum")
 
 @torch.library.custom_op("dppo_kernels::token_logprobs", mutates_args=())
 def _forward_op(
-    logits: Tensor,
+    logits: Tensor,  # [A, B, V]: row a * B + b of the N = A B rows
     ids: Tensor,
     gather_ids: Tensor | None,
     row_temperature: Tensor | None,
@@ -183,11 +184,12 @@ def _forward_op(
     inplace_backward: bool,
     outputs: str,
     check_values: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     if logits.device.type == "cpu" or check_values:
-        _checks.check_values(ids, gather_ids, row_temperature, logits.shape[1], ignore_index)
+        _checks.check_values(ids, gather_ids, row_temperature, logits.shape[2], ignore_index)
     asked = frozenset(outputs.split(","))
-    values = token_logprobs_fwd(
+    values = _implementation(backend).token_logprobs_fwd(
         logits,
         ids,
         gather_ids,
@@ -204,7 +206,15 @@ def _(logits: Tensor, ids: Tensor, gather_ids: Tensor | None, *rest: Any) -> tup
     values = {name: logits.new_empty(ids.shape[0], dtype=dtype) for name in _FIELDS if name != "gathered"}
     if gather_ids is not None:
         values["gathered"] = logits.new_empty(gather_ids.shape, dtype=dtype)
-    return _pack(values, frozenset(rest[-2].split(",")), logits)
+    return _pack(values, frozenset(rest[-3].split(",")), logits)
+
+
+def _implementation(backend: str) -> ModuleType:
+    if backend == "triton":  # imported here: the package works without Triton
+        from dppo_kernels.token_logprobs import kernels
+
+        return kernels
+    return torch_impl
 
 
 def _pack(values: dict[str, Tensor], asked: frozenset[str], like: Tensor) -> Any:
@@ -228,13 +238,14 @@ def _backward_op(
     entropy: Tensor,
     temperature: float,
     ignore_index: int,
+    backend: str,
     dlogits: Tensor,
 ) -> None:
     """`logits` None means that `dlogits` holds them and is overwritten."""
     saved = {"row_max": row_max, "log_sum": log_sum}
     if dentropy is not None:
         saved["entropy"] = entropy
-    token_logprobs_bwd(
+    _implementation(backend).token_logprobs_bwd(
         dlogits if logits is None else logits,
         ids,
         gather_ids,
@@ -252,12 +263,12 @@ def _(*args: Any) -> None:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, ids, gather_ids, row_temperature, temperature, ignore_index, inplace, outputs, _ = inputs
+    logits, ids, gather_ids, row_temperature, temperature, ignore_index, inplace, outputs, _, backend = inputs
     values = dict(zip(_FIELDS, output, strict=True))
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(values["row_max"], values["log_sum"])
     ctx.save_for_backward(logits, ids, gather_ids, row_temperature, values["row_max"], values["log_sum"], values["entropy"])
-    ctx.scalars, ctx.inplace = (temperature, ignore_index), inplace
+    ctx.scalars, ctx.inplace = (temperature, ignore_index, backend), inplace
     ctx.outputs = outputs.split(",")
 
 
@@ -270,7 +281,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     dlogits = logits.detach() if ctx.inplace else torch.empty_like(logits)
     source = None if ctx.inplace else logits
     torch.ops.dppo_kernels.token_logprobs_backward(*upstream, source, ids, gather_ids, *rest, *ctx.scalars, dlogits)
-    return (dlogits, *(None,) * 8)
+    return (dlogits, *(None,) * 9)
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
@@ -310,16 +321,27 @@ def _check_inplace(logits: Tensor, backend: str) -> None:
         reason = "backend 'reference' has none"
     elif base.is_leaf and base.requires_grad:
         reason = "`logits` is (a view of) a leaf whose values would be lost"
-    elif reason is None and not _views_as_rows(logits):
-        reason = f"`logits` must view as [N, V], got strides {logits.stride()}"
+    elif reason is None and _fold(logits) is None:
+        reason = f"the leading dimensions of `logits` must fold into two, got strides {logits.stride()}"
     if reason is not None:
         raise ValueError(f"`inplace_backward=True` is not possible: {reason}")
 
 
-def _views_as_rows(x: Tensor) -> bool:
-    """Whether `x.reshape(-1, V)` is a view: every leading dimension steps over the whole of the next one."""
-    leading = [(x.stride(i), x.shape[i]) for i in range(x.dim() - 1) if x.shape[i] != 1]
-    return all(outer[0] == inner[0] * inner[1] for outer, inner in pairwise(leading))
+def _fold(x: Tensor) -> int | None:
+    """How many leading dimensions fold into A, so that ``x`` views as [A, B, V]; None if no number does."""
+
+    def folds(dims: range) -> bool:
+        steps = [(x.stride(i), x.shape[i]) for i in dims if x.shape[i] != 1]
+        return all(outer[0] == inner[0] * inner[1] for outer, inner in pairwise(steps))
+
+    lead = x.dim() - 1
+    return next((i for i in range(lead + 1) if folds(range(i)) and folds(range(i, lead))), None)
+
+
+def _as_row_blocks(x: Tensor) -> Tensor:
+    """``x [..., V]`` as [A, B, V]; a view wherever there is one."""
+    split = _fold(x) or 0
+    return x.reshape(math.prod(x.shape[:split]), math.prod(x.shape[split:-1]), x.shape[-1])
 
 
 def _check_arguments(

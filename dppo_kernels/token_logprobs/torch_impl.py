@@ -12,7 +12,7 @@ from dppo_kernels._tiling import chunks, pick_row_chunk
 
 
 def token_logprobs_fwd(
-    logits: Tensor,
+    logits: Tensor,  # [A, B, V]
     ids: Tensor,
     gather_ids: Tensor | None,
     temperature: float | Tensor,
@@ -20,8 +20,8 @@ def token_logprobs_fwd(
     ignore_index: int,
     outputs: frozenset[str],
 ) -> dict[str, Tensor]:
-    """Outputs by name plus `row_max` and `log_sum`, for all N rows."""
-    n, vocab = logits.shape
+    """Outputs by name plus `row_max` and `log_sum`, for all N = A B rows."""
+    n, vocab = ids.shape[0], logits.shape[2]
     rows = (ids != ignore_index).nonzero().squeeze(1)
     dtype = stat_dtype(logits.dtype)
     stats = RowStats(ids[rows], None if gather_ids is None else gather_ids[rows], outputs, dtype)
@@ -32,7 +32,7 @@ def token_logprobs_fwd(
 
 
 def token_logprobs_bwd(
-    logits: Tensor,
+    logits: Tensor,  # [A, B, V]
     ids: Tensor,
     gather_ids: Tensor | None,
     temperature: float | Tensor,
@@ -45,8 +45,8 @@ def token_logprobs_bwd(
     """Write ``dL/dlogits`` into `dlogits`, which may be `logits` itself."""
     dtype = stat_dtype(logits.dtype)
     rows, inactive = upstream.partition(ids != ignore_index)
-    dlogits.index_fill_(0, inactive, 0)
-    for part in chunks(rows.shape[0], pick_row_chunk(logits.shape[1])):
+    dlogits[_place(logits, inactive)] = 0
+    for part in chunks(rows.shape[0], pick_row_chunk(logits.shape[2])):
         taken = rows[part]
         dz = logits_gradient(
             _scaled_rows(logits, taken, temperature, dtype),
@@ -62,7 +62,7 @@ def token_logprobs_bwd(
             dz /= temperature[taken, None]
         elif temperature != 1.0:
             dz /= temperature
-        dlogits[taken] = dz.to(dlogits.dtype)
+        dlogits[_place(logits, taken)] = dz.to(dlogits.dtype)
 
 
 def topk_logprobs_fwd(
@@ -76,7 +76,7 @@ def topk_logprobs_fwd(
     sampled_logprobs, lse = (logits.new_empty(n, dtype=dtype) for _ in range(2))
     every_row = torch.arange(n, device=logits.device)
     for part in chunks(n, pick_row_chunk(vocab)):
-        z = _scaled_rows(logits, every_row[part], temperature, dtype)
+        z = _scaled_rows(logits[None], every_row[part], temperature, dtype)
         top, top_ids = _topk_lowest_id(z, k)
         sampled = sampled_ids[part, None]
         sampled_z = pick_columns(z, sampled, 0)
@@ -119,9 +119,15 @@ def _topk_lowest_id(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, ids.gather(1, order)
 
 
+def _place(logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices into [A, B, V] of numbered rows."""
+    blocks = logits.shape[1]
+    return rows // blocks, rows % blocks
+
+
 def _scaled_rows(logits: Tensor, rows: Tensor, temperature: float | Tensor, dtype: torch.dtype) -> Tensor:
-    """A new tensor ``logits[rows] / temperature`` in `dtype`; indexing copies, so the caller may overwrite it."""
-    z = logits[rows].to(dtype)
+    """A new tensor [R, V] of rows of ``logits / temperature`` in `dtype`; indexing copies, so the caller may overwrite it."""
+    z = logits[_place(logits, rows)].to(dtype)
     if isinstance(temperature, Tensor):
         return z.div_(temperature[rows, None])
     return z if temperature == 1.0 else z.div_(temperature)

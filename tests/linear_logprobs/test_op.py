@@ -309,7 +309,7 @@ def test_opcheck(outputs: str, frozen: bool) -> None:
     ids, gather_ids = torch.randint(0, 30, (5,)), torch.randint(-1, 30, (5, 3))
     bias, per_row = torch.randn(30, requires_grad=True), torch.rand(5) + 0.5
     for extra in ((bias, ids, gather_ids, None), (None, ids, None, per_row)):
-        args = (hidden, weight, *extra, 0.7, 1.0, 4.0, IGNORE, torch.float32, outputs, False)
+        args = (hidden, weight, *extra, 0.7, 1.0, 4.0, IGNORE, torch.float32, outputs, False, "torch")
         result = torch.library.opcheck(op._forward_op, args)
         assert set(result.values()) == {"SUCCESS"}
 

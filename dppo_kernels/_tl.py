@@ -1,0 +1,97 @@
+"""Triton helpers that kernel families share: matrix tiles, the logit transform, the online fold of a tile into row statistics.
+
+Statistics are those of `_row_stats.RowStats`: m = max z, s = sum exp(z - m), d = sum exp(z - m) (z - m), q = sum exp(z - m)^2.
+"""
+
+import triton
+import triton.language as tl
+
+# Stands in for -inf where a product follows: exp() of it is 0, and 0 times it is finite.
+FINITE_MINUS_INF = tl.constexpr(-1e30)
+
+
+@triton.jit
+def load_tile(
+    source,
+    row,
+    col,
+    n_rows,
+    n_cols,
+    stride_row,
+    stride_col,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """A tile at (row, col) of a matrix, zeros outside: `source` is a tensor descriptor, or a pointer with strides."""
+    if DESCRIPTOR:
+        tile = source.load([row, col])
+    else:
+        rows = (row + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
+        cols = (col + tl.arange(0, BLOCK_COLS)).to(tl.int64)
+        inside = (rows[:, None] < n_rows) & (cols[None, :] < n_cols)
+        tile = tl.load(source + rows[:, None] * stride_row + cols[None, :] * stride_col, mask=inside, other=0.0)
+    if UPCAST:  # the interpreter multiplies bfloat16 wrongly
+        tile = tile.to(tl.float32)
+    return tile
+
+
+@triton.jit
+def tanh(x):
+    """Accurate in relative terms near 0 as well, where the exponential form cancels."""
+    x2 = x * x
+    small = x * (1 + x2 * (-1 / 3 + x2 * (2 / 15 + x2 * (-17 / 315 + x2 * (62 / 2835)))))
+    large = 1 - 2 / (tl.exp(2 * tl.minimum(x, 20.0)) + 1)
+    return tl.where(tl.abs(x) < 0.25, small, large)
+
+
+@triton.jit
+def transform_logits(projected, scale, softcap, inverse_temperature, HAS_SOFTCAP: tl.constexpr):
+    """(z, slope): ``z = softcap tanh(scale x / softcap) / temperature`` or ``scale x / temperature``, slope ``1 - tanh^2``."""
+    slope = projected
+    if HAS_SOFTCAP:
+        bent = tanh(projected * (scale / softcap))
+        slope = 1 - bent * bent
+        z = bent * softcap * inverse_temperature
+    else:
+        z = projected * scale * inverse_temperature
+    return z, slope
+
+
+@triton.jit
+def fold_tile(z, m, s, d, q, ENTROPY: tl.constexpr, SUM_SQ: tl.constexpr):
+    """Fold ``z [rows, cols]`` into (m, s, d, q); -inf entries count as impossible."""
+    new_m = tl.maximum(m, tl.max(z, 1))
+    # A row that has seen only -inf has no maximum to be relative to yet.
+    anchor = tl.where(new_m == float("-inf"), 0.0, new_m)
+    shift = tl.maximum(m - anchor, FINITE_MINUS_INF)
+    rescale = tl.exp(shift)
+    z = z - anchor[:, None]
+    e = tl.exp(z)
+    if ENTROPY:
+        d = rescale * (d + shift * s) + tl.sum(e * tl.maximum(z, FINITE_MINUS_INF), 1)
+    if SUM_SQ:
+        q = rescale * rescale * q + tl.sum(e * e, 1)
+    s = rescale * s + tl.sum(e, 1)
+    return new_m, s, d, q
+
+
+@triton.jit
+def merge_stats(m, s, d, q, m2, s2, d2, q2, ENTROPY: tl.constexpr, SUM_SQ: tl.constexpr):
+    """Statistics of two sets of columns together."""
+    new_m = tl.maximum(m, m2)
+    anchor = tl.where(new_m == float("-inf"), 0.0, new_m)
+    shift, shift2 = tl.maximum(m - anchor, FINITE_MINUS_INF), tl.maximum(m2 - anchor, FINITE_MINUS_INF)
+    rescale, rescale2 = tl.exp(shift), tl.exp(shift2)
+    if ENTROPY:
+        d = rescale * (d + shift * s) + rescale2 * (d2 + shift2 * s2)
+    if SUM_SQ:
+        q = rescale * rescale * q + rescale2 * rescale2 * q2
+    return new_m, rescale * s + rescale2 * s2, d, q
+
+
+@triton.jit
+def nonpositive(x):
+    """A log-prob that rounding pushed above 0, and NaN as it is."""
+    return tl.where(x > 0, 0.0, x)

@@ -1,0 +1,396 @@
+"""Triton forward of the linear log-prob family: LSE partials, gathered dot products, and a fixed-order second stage.
+
+    z = transform(h W^T + b);  per segment of V: m = max z, s = sum exp(z - m), optionally sum of e z, e^2, z and argmax
+    lse = m + log s;  logprob_k = z_k - lse with z_k from a dot product of row and head row k
+
+A program owns (row block, segment), walks the segment's tiles and keeps the statistics in fp32 registers; partials [S, N] are
+merged in the order of segments. Neither tiles nor segments depend on N, so a row's bits do not depend on the batch it is in.
+Programs that run together share a segment: a weight tile is read from device memory once per group of row blocks. Rows that
+`ids` ignores are compacted away on the device, their count never reaches the host. FLOPs 2 NHV; saved: row_max, log_sum.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dppo_kernels._tiling import LsePlan, pick_lse_plan
+from dppo_kernels._tl import fold_tile, load_tile, merge_stats, nonpositive, transform_logits
+from dppo_kernels._triton import INTERPRET, as_operand, capability, launch_on, program_count
+from dppo_kernels.linear_logprobs.projection import Projection
+
+
+@triton.jit
+def compact_rows_kernel(
+    source_ptr, order_ptr, count_ptr, out_ptr, H, stride_n, stride_h, UPCAST: tl.constexpr, BLOCK_H: tl.constexpr
+):
+    row, offs_h = tl.program_id(0), tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    inside = offs_h < tl.where(row < tl.load(count_ptr), H, 0)  # rows beyond the count become zeros, whatever they hold
+    source = tl.load(order_ptr + row).to(tl.int64) * stride_n + offs_h.to(tl.int64) * stride_h
+    values = tl.load(source_ptr + source, mask=inside, other=0.0)
+    if UPCAST:
+        values = values.to(tl.float32)
+    tl.store(out_ptr + row.to(tl.int64) * H + offs_h, values.to(out_ptr.dtype.element_ty), mask=offs_h < H)
+
+
+@triton.jit
+def linear_lse_fwd_kernel(
+    hidden,  # pointer or descriptor of the compacted rows [N, H]
+    weight,  # pointer or descriptor [V, H]
+    bias_ptr,
+    inverse_temperature_ptr,
+    count_ptr,
+    max_ptr,  # this and the next five: [S, N]; those not asked for are not touched
+    sum_ptr,
+    dot_ptr,
+    sum_sq_ptr,
+    total_ptr,
+    argmax_ptr,
+    N,
+    V,
+    H,
+    scale,
+    softcap,
+    stride_weight_v,
+    stride_weight_h,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    SUM_SQ: tl.constexpr,
+    TOTAL: tl.constexpr,
+    ARGMAX: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    SEGMENT_TILES: tl.constexpr,
+    GROUP_BLOCKS: tl.constexpr,
+):
+    count = tl.load(count_ptr)
+    n_blocks, n_segments = tl.cdiv(count, BLOCK_N), tl.cdiv(V, BLOCK_V * SEGMENT_TILES)
+    for item in range(tl.program_id(0), n_blocks * n_segments, tl.num_programs(0)):
+        first_block = item // (GROUP_BLOCKS * n_segments) * GROUP_BLOCKS
+        group_size = min(n_blocks - first_block, GROUP_BLOCKS)
+        within = item % (GROUP_BLOCKS * n_segments)
+        segment = within // group_size
+        row = (first_block + within % group_size) * BLOCK_N
+        offs_n = row + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < count
+        inverse_temperature = tl.load(inverse_temperature_ptr + offs_n, mask=mask_n, other=1.0)[:, None]
+        m = tl.full([BLOCK_N], float("-inf"), tl.float32)
+        s, d, q, total = (
+            tl.zeros([BLOCK_N], tl.float32),
+            tl.zeros([BLOCK_N], tl.float32),
+            tl.zeros([BLOCK_N], tl.float32),
+            tl.zeros([BLOCK_N], tl.float32),
+        )
+        best = tl.zeros([BLOCK_N], tl.int32)
+        first_tile = segment * SEGMENT_TILES
+        for tile in range(first_tile, min(first_tile + SEGMENT_TILES, tl.cdiv(V, BLOCK_V))):
+            col = tile * BLOCK_V
+            offs_v = col + tl.arange(0, BLOCK_V)
+            z = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+            for k in range(0, H, BLOCK_H):
+                h = load_tile(hidden, row, k, N, H, H, 1, BLOCK_N, BLOCK_H, DESCRIPTOR, UPCAST)
+                w = load_tile(weight, col, k, V, H, stride_weight_v, stride_weight_h, BLOCK_V, BLOCK_H, DESCRIPTOR, UPCAST)
+                z = tl.dot(h, tl.trans(w), z, input_precision="ieee")
+            if HAS_BIAS:
+                z += tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)[None, :]
+            z, _ = transform_logits(z, scale, softcap, inverse_temperature, HAS_SOFTCAP)
+            if TOTAL:
+                total += tl.sum(tl.where(offs_v[None, :] < V, z, 0.0), 1)
+            if col + BLOCK_V > V:  # the last tile only
+                z = tl.where(offs_v[None, :] < V, z, float("-inf"))
+            if ARGMAX:
+                tile_max, tile_best = tl.max(z, 1, return_indices=True)
+                best = tl.where(tile_max > m, col + tile_best, best)  # a tie stays with the lower id
+            m, s, d, q = fold_tile(z, m, s, d, q, ENTROPY, SUM_SQ)
+        out = segment.to(tl.int64) * N + offs_n
+        tl.store(max_ptr + out, m, mask=mask_n)
+        tl.store(sum_ptr + out, s, mask=mask_n)
+        if ENTROPY:
+            tl.store(dot_ptr + out, d, mask=mask_n)
+        if SUM_SQ:
+            tl.store(sum_sq_ptr + out, q, mask=mask_n)
+        if TOTAL:
+            tl.store(total_ptr + out, total, mask=mask_n)
+        if ARGMAX:
+            tl.store(argmax_ptr + out, best, mask=mask_n)
+
+
+@triton.jit
+def gather_dot_kernel(
+    hidden_ptr,  # compacted rows [N, H]
+    weight_ptr,
+    bias_ptr,
+    ids_ptr,  # [N, K] in the caller's order; < 0 = none
+    inverse_temperature_ptr,
+    order_ptr,
+    count_ptr,
+    out_ptr,  # [N, K] in compacted order
+    K,
+    H,
+    scale,
+    softcap,
+    stride_weight_v,
+    stride_weight_h,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    row = tl.program_id(0)
+    if row < tl.load(count_ptr):
+        offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+        ids = tl.load(ids_ptr + tl.load(order_ptr + row).to(tl.int64) * K + offs_k, mask=offs_k < K, other=-1).to(tl.int64)
+        z = tl.zeros([BLOCK_K], tl.float32)
+        for k in range(0, H, BLOCK_H):
+            offs_h = k + tl.arange(0, BLOCK_H)
+            h = tl.load(hidden_ptr + row.to(tl.int64) * H + offs_h, mask=offs_h < H, other=0.0).to(tl.float32)
+            inside = (ids[:, None] >= 0) & (offs_h[None, :] < H)
+            place = ids[:, None] * stride_weight_v + offs_h[None, :].to(tl.int64) * stride_weight_h
+            w = tl.load(weight_ptr + place, mask=inside, other=0.0).to(tl.float32)
+            z += tl.sum(h[None, :] * w, 1)
+        if HAS_BIAS:
+            z += tl.load(bias_ptr + ids, mask=ids >= 0, other=0.0).to(tl.float32)
+        z, _ = transform_logits(z, scale, softcap, tl.load(inverse_temperature_ptr + row), HAS_SOFTCAP)
+        tl.store(out_ptr + row.to(tl.int64) * K + offs_k, z, mask=offs_k < K)
+
+
+@triton.jit
+def linear_finish_kernel(
+    max_ptr,
+    sum_ptr,
+    dot_ptr,
+    sum_sq_ptr,
+    total_ptr,
+    argmax_ptr,
+    z_ptr,  # [N, K]: the target's logit, then those of the gathered ids
+    ids_ptr,  # [N, K]
+    order_ptr,
+    count_ptr,
+    row_max_ptr,  # outputs, in the caller's order
+    log_sum_ptr,
+    lse_ptr,
+    logprobs_ptr,
+    entropy_ptr,
+    log_sum_sq_ptr,
+    mean_ptr,
+    is_top1_ptr,
+    gathered_ptr,  # [N, K - 1]
+    N,
+    V,
+    K,
+    n_segments,
+    ENTROPY: tl.constexpr,
+    SUM_SQ: tl.constexpr,
+    TOTAL: tl.constexpr,
+    ARGMAX: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    active = offs_n < tl.load(count_ptr)
+    m = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    s, d, q, total = (
+        tl.zeros([BLOCK_N], tl.float32),
+        tl.zeros([BLOCK_N], tl.float32),
+        tl.zeros([BLOCK_N], tl.float32),
+        tl.zeros([BLOCK_N], tl.float32),
+    )
+    best = tl.zeros([BLOCK_N], tl.int32)
+    for segment in range(n_segments):
+        place = tl.cast(segment, tl.int64) * N + offs_n
+        m2 = tl.load(max_ptr + place, mask=active, other=0.0)
+        s2 = tl.load(sum_ptr + place, mask=active, other=1.0)
+        d2, q2 = d, q
+        if ENTROPY:
+            d2 = tl.load(dot_ptr + place, mask=active, other=0.0)
+        if SUM_SQ:
+            q2 = tl.load(sum_sq_ptr + place, mask=active, other=1.0)
+        if TOTAL:
+            total += tl.load(total_ptr + place, mask=active, other=0.0)
+        if ARGMAX:
+            best = tl.where(m2 > m, tl.load(argmax_ptr + place, mask=active, other=0), best)
+        m, s, d, q = merge_stats(m, s, d, q, m2, s2, d2, q2, ENTROPY, SUM_SQ)
+    log_sum = tl.log(s)
+    row = tl.load(order_ptr + offs_n, mask=mask_n, other=0).to(tl.int64)
+    tl.store(row_max_ptr + row, tl.where(active, m, 0.0), mask=mask_n)
+    tl.store(log_sum_ptr + row, tl.where(active, log_sum, 0.0), mask=mask_n)
+    tl.store(lse_ptr + row, tl.where(active, m + log_sum, 0.0), mask=mask_n)
+    target = tl.load(z_ptr + offs_n.to(tl.int64) * K, mask=active, other=0.0)
+    tl.store(logprobs_ptr + row, tl.where(active, nonpositive((target - m) - log_sum), 0.0), mask=mask_n)
+    if ENTROPY:
+        tl.store(entropy_ptr + row, tl.where(active, log_sum - d / s, 0.0), mask=mask_n)
+    if SUM_SQ:
+        tl.store(log_sum_sq_ptr + row, tl.where(active, tl.log(q) - 2 * log_sum, 0.0), mask=mask_n)
+    if TOTAL:
+        tl.store(mean_ptr + row, tl.where(active, total / V, 0.0), mask=mask_n)
+    if ARGMAX:
+        tl.store(is_top1_ptr + row, active & (best == tl.load(ids_ptr + row * K, mask=mask_n, other=-1)), mask=mask_n)
+    for k in range(1, K):
+        z = tl.load(z_ptr + offs_n.to(tl.int64) * K + k, mask=active, other=0.0)
+        wanted = active & (tl.load(ids_ptr + row * K + k, mask=mask_n, other=-1) >= 0)
+        tl.store(gathered_ptr + row * (K - 1) + k - 1, tl.where(wanted, nonpositive((z - m) - log_sum), 0.0), mask=mask_n)
+
+
+class CompactRows(NamedTuple):
+    """Active rows first, in their order; how many there are stays on the device."""
+
+    hidden: Tensor  # [N, H] in the compute dtype; zeros beyond the count
+    order: Tensor  # [N] int64: the caller's row of each compacted row
+    count: Tensor  # [1] int32
+    inverse_temperature: Tensor  # [N] fp32
+
+
+def compact_rows(projection: Projection, active: Tensor) -> CompactRows:
+    """Gather the rows of `hidden` where `active` [N]; reads no other row and does not wait for the device."""
+    hidden = projection.hidden
+    n, width = hidden.shape
+    order = torch.sort(active.to(torch.int8), descending=True, stable=True).indices
+    count = active.sum(dtype=torch.int32).reshape(1)
+    compacted = hidden.new_empty((n, width), dtype=torch.float32 if INTERPRET else projection.compute_dtype)
+    block = min(1024, triton.next_power_of_2(max(width, 1)))
+    if n:
+        compact_rows_kernel[(n, triton.cdiv(width, block))](
+            hidden, order, count, compacted, width, *hidden.stride(), UPCAST=INTERPRET, BLOCK_H=block
+        )
+    if isinstance(projection.temperature, Tensor):
+        inverse_temperature = projection.temperature.float()[order].reciprocal()
+    else:
+        inverse_temperature = hidden.new_full((n,), 1 / projection.temperature, dtype=torch.float32)
+    return CompactRows(compacted, order, count, inverse_temperature)
+
+
+def gather_logits(projection: Projection, weight: Tensor, rows: CompactRows, ids: Tensor) -> Tensor:
+    """Logits [N, K] of `ids` [N, K], in compacted order; unset where an id is negative or a row inactive."""
+    n, k = ids.shape
+    width = projection.hidden.shape[1]
+    z = rows.hidden.new_empty((n, k), dtype=torch.float32)
+    block_k = min(16, triton.next_power_of_2(k))
+    if n:
+        gather_dot_kernel[(n, triton.cdiv(k, block_k))](
+            rows.hidden,
+            weight,
+            projection.bias if projection.bias is not None else weight,
+            ids,
+            rows.inverse_temperature,
+            rows.order,
+            rows.count,
+            z,
+            k,
+            width,
+            projection.logit_scale,
+            projection.softcap or 1.0,
+            *weight.stride(),
+            HAS_BIAS=projection.bias is not None,
+            HAS_SOFTCAP=projection.softcap is not None,
+            BLOCK_K=block_k,
+            BLOCK_H=min(256, triton.next_power_of_2(max(width, 1))),
+        )
+    return z
+
+
+def linear_logprobs_fwd(
+    projection: Projection,
+    ids: Tensor,
+    gather_ids: Tensor | None,
+    *,
+    ignore_index: int,
+    outputs: frozenset[str],
+    plan: LsePlan | None = None,
+    descriptors: bool | None = None,
+) -> dict[str, Tensor]:
+    """Outputs by name plus `row_max` and `log_sum`, for all N rows; rows that `ids` ignores never enter a GEMM and are 0.
+
+    `plan` and `descriptors` override what the device and the strides would choose.
+    """
+    n = ids.shape[0]
+    vocab, width = projection.weight.shape
+    weight = projection.weight.to(projection.compute_dtype)
+    device = projection.hidden.device
+    plan = plan or pick_lse_plan(capability(device), weight.dtype)
+    counted = ids != ignore_index
+    all_ids = ids.masked_fill(~counted, -1)[:, None]
+    if gather_ids is not None:
+        all_ids = torch.cat([all_ids, gather_ids], 1)
+    n_segments = triton.cdiv(vocab, plan.block_v * plan.segment_tiles)
+
+    def rowwise(dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(n, dtype=dtype, device=device)
+
+    def partial(asked: bool, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty((n_segments, n) if asked else (1,), dtype=dtype, device=device)
+
+    asked = {name: name in outputs for name in ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")}
+    names = ("row_max", "log_sum", "lse", "logprobs", "entropy", "log_sum_sq_probs", "mean_logits")
+    out = {name: rowwise() for name in names}
+    out["is_top1"] = rowwise(torch.bool)
+    if gather_ids is not None:
+        out["gathered"] = torch.empty(gather_ids.shape, dtype=torch.float32, device=device)
+    if n == 0:
+        return out
+    with launch_on(device):
+        rows = compact_rows(projection, counted)
+        z = gather_logits(projection, weight, rows, all_ids)
+        partials = [partial(True), partial(True), *(partial(asked[x]) for x in ("entropy", "log_sum_sq_probs", "mean_logits"))]
+        partials.append(partial(asked["is_top1"], torch.int32))
+        flags = {
+            "ENTROPY": asked["entropy"],
+            "SUM_SQ": asked["log_sum_sq_probs"],
+            "TOTAL": asked["mean_logits"],
+            "ARGMAX": asked["is_top1"],
+        }
+        (hidden_operand, weight_operand), described = as_operand(
+            device, (rows.hidden, (plan.block_n, plan.block_h)), (weight, (plan.block_v, plan.block_h)), wanted=descriptors
+        )
+        items = triton.cdiv(n, plan.block_n) * n_segments
+        linear_lse_fwd_kernel[(min(program_count(device), items),)](
+            hidden_operand,
+            weight_operand,
+            projection.bias if projection.bias is not None else weight,
+            rows.inverse_temperature,
+            rows.count,
+            *partials,
+            n,
+            vocab,
+            width,
+            projection.logit_scale,
+            projection.softcap or 1.0,
+            *weight.stride(),
+            HAS_BIAS=projection.bias is not None,
+            HAS_SOFTCAP=projection.softcap is not None,
+            DESCRIPTOR=described,
+            UPCAST=INTERPRET,
+            BLOCK_N=plan.block_n,
+            BLOCK_V=plan.block_v,
+            BLOCK_H=plan.block_h,
+            SEGMENT_TILES=plan.segment_tiles,
+            GROUP_BLOCKS=plan.group_blocks,
+            num_warps=plan.num_warps,
+            num_stages=plan.num_stages,
+            **flags,
+        )
+        linear_finish_kernel[(triton.cdiv(n, FINISH_ROWS),)](
+            *partials,
+            z,
+            all_ids,
+            rows.order,
+            rows.count,
+            *(out[name] for name in (*names, "is_top1")),
+            out.get("gathered", z),
+            n,
+            vocab,
+            all_ids.shape[1],
+            n_segments,
+            BLOCK_N=FINISH_ROWS,
+            num_warps=1,
+            **flags,
+        )
+    return out
+
+
+FINISH_ROWS = 32  # many small programs: the second stage waits for loads, not for arithmetic

@@ -1,0 +1,414 @@
+"""Triton backward of the linear log-prob family: logits recomputed strip by strip, three GEMMs per strip.
+
+    p = exp(z - lse);  dz = p (A + B log p) off the target and gathered ids, exact values written there, times dz/d(h W^T + b)
+    dhidden = dz W;  dweight = dz^T hidden;  dbias = column sums of dz
+
+A strip [rows, columns] of dz, in the inputs' dtype, is all that exists at one time. dhidden accumulates in fp32 over strips, a
+strip of dweight over row chunks; both are rounded once. Only rows with upstream gradient take part: they are compacted on the
+device, their count stays there. Every sum has a fixed order. FLOPs: 2 n HV a GEMM for n active rows; frozen inputs skip theirs.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dppo_kernels._row_stats import Upstream
+from dppo_kernels._tiling import GradPlan, chunks, pick_grad_plan
+from dppo_kernels._tl import FINITE_MINUS_INF, load_tile, transform_logits
+from dppo_kernels._triton import INTERPRET, as_operand, capability, launch_on
+from dppo_kernels.linear_logprobs.kernels import CompactRows, compact_rows, gather_logits
+from dppo_kernels.linear_logprobs.projection import Projection
+
+
+@triton.jit
+def linear_dlogits_kernel(
+    hidden,  # pointer or descriptor of the compacted rows [N, H]
+    weight,  # pointer or descriptor [V, H]
+    bias_ptr,
+    inverse_temperature_ptr,
+    row_max_ptr,  # this and the next three: [N] in compacted order
+    log_sum_ptr,
+    on_probs_ptr,  # A
+    on_logprobs_ptr,  # B
+    count_ptr,
+    dz_ptr,  # [rows of a chunk, COLS]
+    first_row,
+    first_col,
+    N,
+    V,
+    H,
+    scale,
+    softcap,
+    stride_weight_v,
+    stride_weight_h,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    UPCAST: tl.constexpr,
+    COLS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    local_row, local_col = tl.program_id(0) * BLOCK_N, tl.program_id(1) * BLOCK_V
+    row, col = first_row + local_row, first_col + local_col
+    count = tl.load(count_ptr)
+    if row < count:
+        offs_n, offs_v = row + tl.arange(0, BLOCK_N), col + tl.arange(0, BLOCK_V)
+        mask_n = offs_n < count
+        z = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+        for k in range(0, H, BLOCK_H):
+            h = load_tile(hidden, row, k, N, H, H, 1, BLOCK_N, BLOCK_H, DESCRIPTOR, UPCAST)
+            w = load_tile(weight, col, k, V, H, stride_weight_v, stride_weight_h, BLOCK_V, BLOCK_H, DESCRIPTOR, UPCAST)
+            z = tl.dot(h, tl.trans(w), z, input_precision="ieee")
+        if HAS_BIAS:
+            z += tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)[None, :]
+        inverse_temperature = tl.load(inverse_temperature_ptr + offs_n, mask=mask_n, other=1.0)[:, None]
+        z, slope = transform_logits(z, scale, softcap, inverse_temperature, HAS_SOFTCAP)
+        row_max = tl.load(row_max_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
+        logp = (z - row_max) - tl.load(log_sum_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
+        dz = tl.exp(logp)
+        factor = tl.load(on_probs_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
+        if ENTROPY:
+            on_logprobs = tl.load(on_logprobs_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
+            dz *= factor + on_logprobs * tl.maximum(logp, FINITE_MINUS_INF)
+        else:
+            dz *= factor
+        if HAS_SOFTCAP:
+            dz *= slope
+        dz *= scale * inverse_temperature
+        # Rows beyond the count and columns beyond V are read by the GEMMs below.
+        dz = tl.where(mask_n[:, None] & (offs_v[None, :] < V), dz, 0.0)
+        local_n = (local_row + tl.arange(0, BLOCK_N)).to(tl.int64)
+        local_v = local_col + tl.arange(0, BLOCK_V)
+        place = local_n[:, None] * COLS + local_v[None, :]
+        tl.store(dz_ptr + place, dz.to(dz_ptr.dtype.element_ty), mask=local_v[None, :] < COLS)
+
+
+@triton.jit
+def picked_gradient_kernel(
+    z_ptr,  # [N, K] logits of the picked ids, compacted order
+    ids_ptr,  # [N, K] in compacted order; < 0 = none
+    upstream_ptr,  # [N, K] gradients that arrive at their log-probs
+    inverse_temperature_ptr,
+    row_max_ptr,
+    log_sum_ptr,
+    on_probs_ptr,
+    on_logprobs_ptr,
+    count_ptr,
+    out_ptr,  # [N, K]
+    K,
+    scale,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dL/d(h W^T + b) at the picked ids, in full precision: where p is near 1, ``g - p g`` would lose its digits in 16 bits."""
+    row = tl.program_id(0)
+    if row < tl.load(count_ptr):
+        offs_k = tl.arange(0, BLOCK_K)
+        mask_k = offs_k < K
+        place = row.to(tl.int64) * K
+        ids = tl.load(ids_ptr + place + offs_k, mask=mask_k, other=-1)
+        z = tl.load(z_ptr + place + offs_k, mask=mask_k & (ids >= 0), other=0.0)
+        inverse_temperature = tl.load(inverse_temperature_ptr + row)
+        logp = (z - tl.load(row_max_ptr + row)) - tl.load(log_sum_ptr + row)
+        dz = tl.exp(logp)
+        if ENTROPY:
+            dz *= tl.load(on_probs_ptr + row) + tl.load(on_logprobs_ptr + row) * tl.maximum(logp, FINITE_MINUS_INF)
+        else:
+            dz *= tl.load(on_probs_ptr + row)
+        for k in range(K):  # an id may be picked more than once
+            dz += tl.where(ids == tl.load(ids_ptr + place + k), tl.load(upstream_ptr + place + k), 0.0)
+        if HAS_SOFTCAP:
+            bent = z / (inverse_temperature * softcap)
+            dz *= 1 - bent * bent
+        tl.store(out_ptr + place + offs_k, dz * scale * inverse_temperature, mask=mask_k)
+
+
+@triton.jit
+def scatter_picked_kernel(
+    picked_ptr, ids_ptr, count_ptr, dz_ptr, first_row, first_col, V, K, COLS: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    local_row = tl.program_id(0)
+    row = first_row + local_row
+    if row < tl.load(count_ptr):
+        offs_k = tl.arange(0, BLOCK_K)
+        place = row.to(tl.int64) * K + offs_k
+        local = tl.load(ids_ptr + place, mask=offs_k < K, other=-1) - first_col
+        values = tl.load(picked_ptr + place, mask=offs_k < K, other=0.0)
+        # Equal ids hold equal values, so the order of these stores does not matter.
+        inside = (local >= 0) & (local < COLS) & (local + first_col < V)
+        tl.store(dz_ptr + local_row.to(tl.int64) * COLS + local, values.to(dz_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def accumulate_gemm_kernel(
+    a,  # pointer or descriptor of dz [rows of a chunk, COLS]
+    b,  # pointer or descriptor: weight [V, H] for dhidden, compacted hidden [N, H] for dweight
+    sum_ptr,  # fp32 [N, H] for dhidden, [COLS, H] for dweight
+    out_ptr,  # dweight [V, H], written with the last chunk
+    count_ptr,
+    first_row,
+    first_col,
+    chunk_rows,
+    N,
+    V,
+    H,
+    stride_b_k,
+    stride_b_h,
+    stride_out_v,
+    stride_out_h,
+    TRANSPOSED: tl.constexpr,  # False: dhidden = dz @ weight; True: dweight = dz^T @ hidden
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    UPCAST: tl.constexpr,
+    COLS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    m, h = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_H
+    rows = tl.minimum(tl.maximum(tl.load(count_ptr) - first_row, 0), chunk_rows)
+    cols = tl.minimum(V - first_col, COLS)
+    if TRANSPOSED:
+        limit_m, limit_k, first_k, n_b, first_sum = cols, rows, first_row, N, m
+    else:
+        limit_m, limit_k, first_k, n_b, first_sum = rows, cols, first_col, V, first_row + m
+    if m < limit_m:
+        # 64-bit addresses of the tile's corner, 32-bit offsets within: the accumulator leaves few registers for more.
+        offs_m, offs_h = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_H)[None, :]
+        inside = (offs_m < limit_m - m) & (offs_h < H - h)
+        sum_tile = sum_ptr + first_sum.to(tl.int64) * H + h + (offs_m * H + offs_h)
+        acc = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
+        if not FIRST:
+            acc = tl.load(sum_tile, mask=inside, other=0.0)
+        for k in range(0, limit_k, BLOCK_K):
+            if TRANSPOSED:
+                x = tl.trans(load_tile(a, k, m, chunk_rows, COLS, COLS, 1, BLOCK_K, BLOCK_M, DESCRIPTOR, UPCAST))
+            else:
+                x = load_tile(a, m, k, chunk_rows, COLS, COLS, 1, BLOCK_M, BLOCK_K, DESCRIPTOR, UPCAST)
+            y = load_tile(b, first_k + k, h, n_b, H, stride_b_k, stride_b_h, BLOCK_K, BLOCK_H, DESCRIPTOR, UPCAST)
+            acc = tl.dot(x, y, acc, input_precision="ieee")
+        if LAST:
+            corner = (first_col + m).to(tl.int64) * stride_out_v + h.to(tl.int64) * stride_out_h
+            out_tile = out_ptr + corner + offs_m.to(tl.int64) * stride_out_v + offs_h.to(tl.int64) * stride_out_h
+            tl.store(out_tile, acc.to(out_ptr.dtype.element_ty), mask=inside)
+        else:
+            tl.store(sum_tile, acc, mask=inside)
+
+
+@triton.jit
+def column_sums_kernel(
+    dz_ptr,
+    sum_ptr,
+    count_ptr,
+    first_row,
+    first_col,
+    chunk_rows,
+    V,
+    COLS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    rows = tl.minimum(tl.load(count_ptr) - first_row, chunk_rows)
+    local = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    inside = (local < COLS) & (first_col + local < V)
+    total = tl.load(sum_ptr + first_col + local, mask=inside, other=0.0)
+    for row in range(0, rows, BLOCK_N):
+        offs_n = row + tl.arange(0, BLOCK_N)
+        place = offs_n[:, None].to(tl.int64) * COLS + local[None, :]
+        total += tl.sum(tl.load(dz_ptr + place, mask=(offs_n[:, None] < rows) & inside[None, :], other=0.0).to(tl.float32), 0)
+    tl.store(sum_ptr + first_col + local, total, mask=inside)
+
+
+def linear_logprobs_bwd(
+    projection: Projection,
+    ids: Tensor,
+    gather_ids: Tensor | None,
+    upstream: Upstream,
+    saved: dict[str, Tensor],  # row_max, log_sum, and entropy where it has an upstream gradient
+    *,
+    ignore_index: int,
+    needs: tuple[bool, bool, bool],  # hidden, weight, bias
+    plan: GradPlan | None = None,
+    descriptors: bool | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden, weight and bias in their own dtypes; rows without upstream gradient never enter a GEMM.
+
+    `plan` and `descriptors` override what the device and the strides would choose.
+    """
+    needs_hidden, needs_weight, needs_bias = needs
+    hidden, bias, device = projection.hidden, projection.bias, projection.hidden.device
+    needs_bias = needs_bias and bias is not None
+    weight = projection.weight.to(projection.compute_dtype)
+    (n, width), vocab = hidden.shape, weight.shape[0]
+    plan = plan or pick_grad_plan(capability(device), weight.dtype)
+    # Kernels of an interpreter round bfloat16 wrongly, so there everything stays in fp32 until torch rounds it.
+    stored = torch.float32 if INTERPRET else weight.dtype
+    dhidden_sum = hidden.new_zeros((n, width), dtype=torch.float32) if needs_hidden else None
+    dweight = torch.zeros_like(projection.weight, dtype=torch.float32 if INTERPRET else None) if needs_weight else None
+    dbias_sum = hidden.new_zeros(vocab, dtype=torch.float32) if needs_bias else None
+    if n == 0:
+        return _rounded(projection, dhidden_sum, dweight, dbias_sum)
+    with launch_on(device):
+        active = upstream.any_per_row(ids != ignore_index)
+        rows = compact_rows(projection, active)
+        coefficients = upstream.on_probs(gather_ids, saved.get("entropy"), saved["row_max"])
+        per_row = tuple(x[rows.order] for x in (saved["row_max"], saved["log_sum"], *coefficients))
+        picked_ids, picked = _picked_gradients(projection, weight, rows, ids, gather_ids, upstream, per_row)
+        row_chunks, columns = chunks(n, plan.chunk_rows), chunks(vocab, plan.strip_cols)
+        chunk_rows = min(n, plan.chunk_rows)
+        # Whole row blocks: the recomputation writes zeros behind the last row, which the GEMMs read.
+        dz = hidden.new_empty((triton.cdiv(chunk_rows, plan.block_n) * plan.block_n, plan.strip_cols), dtype=stored)
+        dweight_sum = hidden.new_empty(
+            (plan.strip_cols if needs_weight and len(row_chunks) > 1 else 0, width), dtype=torch.float32
+        )
+        (h_op, w_op), described = as_operand(
+            device, (rows.hidden, (plan.block_n, plan.block_h)), (weight, (plan.block_v, plan.block_h)), wanted=descriptors
+        )
+        dz_by_m, weight_by_k = as_operand(
+            device, (dz, (plan.gemm_m, plan.gemm_k)), (weight, (plan.gemm_k, plan.gemm_h)), wanted=described
+        )[0]
+        dz_by_k, hidden_by_k = as_operand(
+            device, (dz, (plan.gemm_k, plan.gemm_m)), (rows.hidden, (plan.gemm_k, plan.gemm_h)), wanted=described
+        )[0]
+        common = {"DESCRIPTOR": described, "UPCAST": INTERPRET, "COLS": plan.strip_cols}
+        launch = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
+        blocks = {"BLOCK_M": plan.gemm_m, "BLOCK_H": plan.gemm_h, "BLOCK_K": plan.gemm_k}
+        for cols in columns:
+            for part in row_chunks:
+                origin = (part.start, cols.start)
+                grid = triton.cdiv(chunk_rows, plan.block_n), triton.cdiv(cols.stop - cols.start, plan.block_v)
+                linear_dlogits_kernel[grid](
+                    h_op,
+                    w_op,
+                    bias if bias is not None else weight,
+                    rows.inverse_temperature,
+                    *per_row,
+                    rows.count,
+                    dz,
+                    *origin,
+                    n,
+                    vocab,
+                    width,
+                    projection.logit_scale,
+                    projection.softcap or 1.0,
+                    *weight.stride(),
+                    HAS_BIAS=bias is not None,
+                    HAS_SOFTCAP=projection.softcap is not None,
+                    ENTROPY=upstream.entropy is not None,
+                    BLOCK_N=plan.block_n,
+                    BLOCK_V=plan.block_v,
+                    BLOCK_H=plan.block_h,
+                    **common,
+                    **launch,
+                )
+                if picked is not None:
+                    k = picked_ids.shape[1]
+                    scatter_picked_kernel[(chunk_rows,)](
+                        picked,
+                        picked_ids,
+                        rows.count,
+                        dz,
+                        *origin,
+                        vocab,
+                        k,
+                        COLS=plan.strip_cols,
+                        BLOCK_K=triton.next_power_of_2(k),
+                        num_warps=1,
+                    )
+                sizes = (rows.count, *origin, chunk_rows, n, vocab, width)
+                if dhidden_sum is not None:
+                    grid = triton.cdiv(chunk_rows, plan.gemm_m), triton.cdiv(width, plan.gemm_h)
+                    accumulate_gemm_kernel[grid](
+                        dz_by_m,
+                        weight_by_k,
+                        dhidden_sum,
+                        dhidden_sum,
+                        *sizes,
+                        *weight.stride(),
+                        0,
+                        0,
+                        TRANSPOSED=False,
+                        FIRST=cols.start == 0,
+                        LAST=False,
+                        **common,
+                        **blocks,
+                        **launch,
+                    )
+                if dweight is not None:
+                    grid = triton.cdiv(cols.stop - cols.start, plan.gemm_m), triton.cdiv(width, plan.gemm_h)
+                    accumulate_gemm_kernel[grid](
+                        dz_by_k,
+                        hidden_by_k,
+                        dweight_sum,
+                        dweight,
+                        *sizes,
+                        *rows.hidden.stride(),
+                        *dweight.stride(),
+                        TRANSPOSED=True,
+                        FIRST=part.start == 0,
+                        LAST=part.stop == n,
+                        **common,
+                        **blocks,
+                        **launch,
+                    )
+                if dbias_sum is not None:
+                    column_sums_kernel[(triton.cdiv(cols.stop - cols.start, 64),)](
+                        dz, dbias_sum, rows.count, *origin, chunk_rows, vocab, COLS=plan.strip_cols, BLOCK_N=32, BLOCK_V=64
+                    )
+        dhidden = None
+        if dhidden_sum is not None:
+            dhidden = torch.empty_like(hidden).index_copy_(0, rows.order, dhidden_sum.to(hidden.dtype))
+    return _rounded(projection, dhidden, dweight, dbias_sum)
+
+
+def _picked_gradients(
+    projection: Projection,
+    weight: Tensor,
+    rows: CompactRows,
+    ids: Tensor,
+    gather_ids: Tensor | None,
+    upstream: Upstream,
+    per_row: tuple[Tensor, ...],  # row_max, log_sum, A, B
+) -> tuple[Tensor, Tensor | None]:
+    """Ids that log-prob gradients arrive at and all of ``dz`` there, [N, K] in compacted order; None if there are none."""
+    picked_and_gradients = upstream.picked(ids, gather_ids)
+    if picked_and_gradients is None:
+        return ids, None
+    original_ids, gradients = picked_and_gradients
+    picked_ids, gradients = original_ids[rows.order], gradients[rows.order].float()
+    z = gather_logits(projection, weight, rows, original_ids.contiguous())
+    picked = torch.empty_like(z)
+    n, k = z.shape
+    picked_gradient_kernel[(n,)](
+        z,
+        picked_ids,
+        gradients,
+        rows.inverse_temperature,
+        *per_row,
+        rows.count,
+        picked,
+        k,
+        projection.logit_scale,
+        projection.softcap or 1.0,
+        HAS_SOFTCAP=projection.softcap is not None,
+        ENTROPY=upstream.entropy is not None,
+        BLOCK_K=triton.next_power_of_2(k),
+        num_warps=1,
+    )
+    return picked_ids, picked
+
+
+def _rounded(
+    projection: Projection, dhidden: Tensor | None, dweight: Tensor | None, dbias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    like = (projection.hidden, projection.weight, projection.bias)
+    return tuple(  # type: ignore[return-value]
+        None if grad is None or x is None else grad.to(x.dtype) for grad, x in zip((dhidden, dweight, dbias), like, strict=True)
+    )
