@@ -7,7 +7,7 @@ BIN := .venv/bin
 # Spinning OpenMP workers starve the rest of a small machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test long perf lint types wheel clean
+.PHONY: demo test long perf lint types compile wheel clean
 
 demo: .venv/ready
 	$(BIN)/dppo demo
@@ -34,6 +34,10 @@ types: .venv/ready
 	ln -s $(CURDIR)/dppo_kernels/* build/types/dppo_kernels/
 	ln -s $(CURDIR)/trainers build/types/dppo_kernels/trainers
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p dppo_kernels
+
+# Every Triton kernel ahead of time; fails on spills, too much shared memory, or a GEMM without wgmma on sm_90.
+compile: .venv/ready
+	$(BIN)/python -m benchmarks compile
 
 wheel: .venv/ready
 	rm -rf dist build/lib build/bdist*

@@ -4,7 +4,7 @@ Measured on two Zen 3 cores (fp32, H 64 to 1024): tiles of about a million logit
 over 128..1024 rows x 512..8192 columns; larger tiles fall out of the last-level cache, smaller ones starve the GEMM.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -42,20 +42,21 @@ class LsePlan(NamedTuple):
     num_stages: int
 
 
-# By (capability at least, bytes per element), first match. Not measured yet: shapes that compile without spills on sm_90.
-_LSE_PLANS: tuple[tuple[tuple[int, int], int, LsePlan], ...] = (
-    ((9, 0), 2, LsePlan(128, 256, 64, 8, 16, 8, 3)),
-    ((8, 0), 2, LsePlan(128, 128, 32, 16, 16, 8, 3)),
-    ((0, 0), 4, LsePlan(64, 64, 32, 32, 32, 4, 2)),
+# By (capability at least, bytes per element, through descriptors), first match. Not measured yet: shapes that compile without
+# spills on sm_90. Pointers need registers for addresses, so their tiles are smaller.
+_LSE_PLANS: tuple[tuple[tuple[int, int], int, bool, LsePlan], ...] = (
+    ((9, 0), 2, True, LsePlan(128, 256, 64, 8, 16, 8, 3)),
+    ((8, 0), 2, False, LsePlan(128, 128, 32, 16, 16, 8, 3)),
+    ((8, 0), 4, False, LsePlan(64, 64, 32, 32, 32, 4, 2)),
 )
 INTERPRETER_LSE_PLAN = LsePlan(16, 32, 32, 2, 2, 4, 1)
 
 
-def pick_lse_plan(capability: tuple[int, int] | None, dtype: torch.dtype) -> LsePlan:
+def pick_lse_plan(capability: tuple[int, int] | None, dtype: torch.dtype, described: bool) -> LsePlan:
     """Tile for a device of this compute capability (None = the interpreter)."""
     if capability is None:
         return INTERPRETER_LSE_PLAN
-    return next(plan for least, size, plan in _LSE_PLANS if capability >= least and dtype.itemsize == size)
+    return _first(_LSE_PLANS, capability, dtype, described)
 
 
 class GradPlan(NamedTuple):
@@ -74,19 +75,34 @@ class GradPlan(NamedTuple):
 
 
 # A strip is written once and read twice: 4096 x 4096 in 16 bits is 32 MiB, which an L2 of 40 to 50 MB holds. Not measured yet.
-_GRAD_PLANS: tuple[tuple[tuple[int, int], int, GradPlan], ...] = (
-    ((9, 0), 2, GradPlan(4096, 4096, 128, 256, 64, 128, 256, 64, 8, 3)),
-    ((8, 0), 2, GradPlan(4096, 4096, 128, 128, 32, 128, 128, 32, 8, 3)),
-    ((0, 0), 4, GradPlan(2048, 4096, 64, 64, 32, 64, 64, 32, 4, 2)),
+_GRAD_PLANS: tuple[tuple[tuple[int, int], int, bool, GradPlan], ...] = (
+    ((9, 0), 2, True, GradPlan(4096, 4096, 128, 256, 64, 128, 256, 64, 8, 3)),
+    ((8, 0), 2, False, GradPlan(4096, 4096, 128, 128, 32, 128, 128, 32, 8, 3)),
+    ((8, 0), 4, False, GradPlan(2048, 4096, 64, 64, 32, 64, 64, 32, 4, 2)),
 )
 INTERPRETER_GRAD_PLAN = GradPlan(32, 64, 16, 32, 32, 16, 32, 16, 4, 1)
 
 
-def pick_grad_plan(capability: tuple[int, int] | None, dtype: torch.dtype) -> GradPlan:
+def pick_grad_plan(capability: tuple[int, int] | None, dtype: torch.dtype, described: bool) -> GradPlan:
     """Strip and tiles for a device of this compute capability (None = the interpreter)."""
     if capability is None:
         return INTERPRETER_GRAD_PLAN
-    return next(plan for least, size, plan in _GRAD_PLANS if capability >= least and dtype.itemsize == size)
+    return _first(_GRAD_PLANS, capability, dtype, described)
+
+
+_Plan = TypeVar("_Plan")
+
+
+def _first(
+    plans: tuple[tuple[tuple[int, int], int, bool, _Plan], ...],
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    described: bool,
+) -> _Plan:
+    for least, size, needs_descriptors, plan in plans:
+        if capability >= least and dtype.itemsize == size and (described or not needs_descriptors):
+            return plan
+    raise ValueError(f"no tile for {dtype} on compute capability {capability}: kernels need 8.0 or later")
 
 
 class RowPlan(NamedTuple):

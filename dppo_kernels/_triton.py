@@ -41,18 +41,18 @@ def descriptor_obstacle(device: torch.device, matrix: Tensor) -> str | None:
     return None
 
 
-def as_operand(
-    device: torch.device, *matrices: tuple[Tensor, tuple[int, int]], wanted: bool | None = None
-) -> tuple[list[object], bool]:
-    """(operands, whether they are descriptors) for matrices with the shapes of their tiles: all of them or none.
+def can_describe(device: torch.device, *matrices: Tensor, wanted: bool | None = None) -> bool:
+    """Whether kernels read these matrices through descriptors: all of them or none.
 
     Raises:
         ValueError: `wanted` is True and a matrix cannot be described.
     """
-    obstacles = [reason for matrix, _ in matrices if (reason := descriptor_obstacle(device, matrix)) is not None]
-    if wanted and obstacles:
-        raise ValueError(f"tensor descriptors are not possible: {obstacles[0]}")
-    described = not obstacles and (wanted if wanted is not None else not INTERPRET)
-    if described:
-        return [TensorDescriptor.from_tensor(matrix, list(tile)) for matrix, tile in matrices], True
-    return [matrix for matrix, _ in matrices], False
+    obstacle = next((reason for matrix in matrices if (reason := descriptor_obstacle(device, matrix)) is not None), None)
+    if wanted and obstacle is not None:
+        raise ValueError(f"tensor descriptors are not possible: {obstacle}")
+    return obstacle is None and (wanted if wanted is not None else not INTERPRET)
+
+
+def operand(matrix: Tensor, tile: tuple[int, int], described: bool) -> object:
+    """What a kernel takes for `matrix`, of which it loads tiles of this shape."""
+    return TensorDescriptor.from_tensor(matrix, list(tile)) if described else matrix

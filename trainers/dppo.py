@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dppo_kernels import DIVERGENCES, PRESETS, PolicyLossSpec, Stat, _checks, policy_loss
 from dppo_kernels.trainers._trl_seam import GRPOConfig, GRPOTrainer, check_attributes
-from dppo_kernels.trainers.dropout import active_dropout, disable_dropout
+from dppo_kernels.trainers.dropout import check_deterministic, disable_dropout
 from dppo_kernels.trainers.metrics import StatLoggingMixin
 from dppo_kernels.trainers.resume import ExactResumeMixin
 from dppo_kernels.trainers.rollout import RolloutCaptureMixin, check_sampling
@@ -159,11 +159,7 @@ class DPPOTrainer(StatLoggingMixin, ExactResumeMixin, RolloutCaptureMixin, GRPOT
             raise ValueError("FSDP and DeepSpeed are not supported yet: run on one process or with DDP")
         if is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning:
             raise ValueError("prompt-learning PEFT (prompt, prefix, p-tuning) is not supported: use LoRA or another adapter")
-        if policy.config.get_text_config().model_type == "phimoe":
-            raise ValueError("PhiMoE draws its experts at random in train mode: rollout and training policies would differ")
-        dropout = active_dropout(self.model)
-        if dropout:
-            raise ValueError(f"`disable_dropout=False`, but {dropout[0]} drops: rollout and training policies would differ")
+        check_deterministic(self.model)
 
     def _is_reference(self, model: Any) -> bool:
         if model is self.ref_model or not is_peft_model(self.accelerator.unwrap_model(self.model)):

@@ -1,6 +1,7 @@
 """Randomness inside a forward: with any of it the rollout policy and the trained policy differ on unchanged weights."""
 
 from torch import nn
+from transformers import PreTrainedModel
 
 # Models keep probabilities in two places: dropout modules, and float attributes handed to functional dropout. (Mixtral's
 # `jitter_noise` acts in train mode only; PhiMoE's `router_jitter_noise` is a threshold in eval mode too, and stays.)
@@ -25,6 +26,15 @@ def disable_dropout(model: nn.Module) -> None:
             module.p = 0.0
         for attribute in _random_attributes(module):
             setattr(module, attribute, 0.0)
+
+
+def check_deterministic(model: PreTrainedModel) -> None:
+    """Raise ValueError if two forwards of `model` in train mode would differ."""
+    if model.config.get_text_config().model_type == "phimoe":
+        raise ValueError("PhiMoE draws its experts at random in train mode: rollout and training policies would differ")
+    dropout = active_dropout(model)
+    if dropout:
+        raise ValueError(f"`disable_dropout=False`, but {dropout[0]} drops: rollout and training policies would differ")
 
 
 def _random_attributes(module: nn.Module) -> list[str]:

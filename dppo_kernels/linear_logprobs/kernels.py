@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dppo_kernels._tiling import LsePlan, pick_lse_plan
 from dppo_kernels._tl import fold_tile, load_tile, merge_stats, nonpositive, transform_logits
-from dppo_kernels._triton import INTERPRET, as_operand, capability, launch_on, program_count
+from dppo_kernels._triton import INTERPRET, can_describe, capability, launch_on, operand, program_count
 from dppo_kernels.linear_logprobs.projection import Projection
 
 
@@ -242,7 +242,7 @@ class CompactRows(NamedTuple):
 
     hidden: Tensor  # [N, H] in the compute dtype; zeros beyond the count
     order: Tensor  # [N] int64: the caller's row of each compacted row
-    count: Tensor  # [1] int32
+    n_active: Tensor  # [1] int32
     inverse_temperature: Tensor  # [N] fp32
 
 
@@ -279,7 +279,7 @@ def gather_logits(projection: Projection, weight: Tensor, rows: CompactRows, ids
             ids,
             rows.inverse_temperature,
             rows.order,
-            rows.count,
+            rows.n_active,
             z,
             k,
             width,
@@ -312,18 +312,13 @@ def linear_logprobs_fwd(
     vocab, width = projection.weight.shape
     weight = projection.weight.to(projection.compute_dtype)
     device = projection.hidden.device
-    plan = plan or pick_lse_plan(capability(device), weight.dtype)
     counted = ids != ignore_index
     all_ids = ids.masked_fill(~counted, -1)[:, None]
     if gather_ids is not None:
         all_ids = torch.cat([all_ids, gather_ids], 1)
-    n_segments = triton.cdiv(vocab, plan.block_v * plan.segment_tiles)
 
     def rowwise(dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(n, dtype=dtype, device=device)
-
-    def partial(asked: bool, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty((n_segments, n) if asked else (1,), dtype=dtype, device=device)
 
     asked = {name: name in outputs for name in ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")}
     names = ("row_max", "log_sum", "lse", "logprobs", "entropy", "log_sum_sq_probs", "mean_logits")
@@ -336,24 +331,26 @@ def linear_logprobs_fwd(
     with launch_on(device):
         rows = compact_rows(projection, counted)
         z = gather_logits(projection, weight, rows, all_ids)
-        partials = [partial(True), partial(True), *(partial(asked[x]) for x in ("entropy", "log_sum_sq_probs", "mean_logits"))]
-        partials.append(partial(asked["is_top1"], torch.int32))
+        described = can_describe(device, rows.hidden, weight, wanted=descriptors)
+        plan = plan or pick_lse_plan(capability(device), weight.dtype, described)
+        n_segments = triton.cdiv(vocab, plan.block_v * plan.segment_tiles)
+        # max, sum, sum e z, sum e^2, sum z, argmax by segment; those not asked for are never touched.
+        sizes = [(n_segments, n) if keep else (1,) for keep in (True, True, *asked.values())]
+        dtypes = (*(torch.float32,) * 5, torch.int32)
+        partials = [torch.empty(size, dtype=dtype, device=device) for size, dtype in zip(sizes, dtypes, strict=True)]
         flags = {
             "ENTROPY": asked["entropy"],
             "SUM_SQ": asked["log_sum_sq_probs"],
             "TOTAL": asked["mean_logits"],
             "ARGMAX": asked["is_top1"],
         }
-        (hidden_operand, weight_operand), described = as_operand(
-            device, (rows.hidden, (plan.block_n, plan.block_h)), (weight, (plan.block_v, plan.block_h)), wanted=descriptors
-        )
         items = triton.cdiv(n, plan.block_n) * n_segments
         linear_lse_fwd_kernel[(min(program_count(device), items),)](
-            hidden_operand,
-            weight_operand,
+            operand(rows.hidden, (plan.block_n, plan.block_h), described),
+            operand(weight, (plan.block_v, plan.block_h), described),
             projection.bias if projection.bias is not None else weight,
             rows.inverse_temperature,
-            rows.count,
+            rows.n_active,
             *partials,
             n,
             vocab,
@@ -379,7 +376,7 @@ def linear_logprobs_fwd(
             z,
             all_ids,
             rows.order,
-            rows.count,
+            rows.n_active,
             *(out[name] for name in (*names, "is_top1")),
             out.get("gathered", z),
             n,

@@ -16,7 +16,7 @@ from torch import Tensor
 from dppo_kernels._row_stats import Upstream
 from dppo_kernels._tiling import GradPlan, chunks, pick_grad_plan
 from dppo_kernels._tl import FINITE_MINUS_INF, load_tile, transform_logits
-from dppo_kernels._triton import INTERPRET, as_operand, capability, launch_on
+from dppo_kernels._triton import INTERPRET, can_describe, capability, launch_on, operand
 from dppo_kernels.linear_logprobs.kernels import CompactRows, compact_rows, gather_logits
 from dppo_kernels.linear_logprobs.projection import Projection
 
@@ -247,7 +247,6 @@ def linear_logprobs_bwd(
     needs_bias = needs_bias and bias is not None
     weight = projection.weight.to(projection.compute_dtype)
     (n, width), vocab = hidden.shape, weight.shape[0]
-    plan = plan or pick_grad_plan(capability(device), weight.dtype)
     # Kernels of an interpreter round bfloat16 wrongly, so there everything stays in fp32 until torch rounds it.
     stored = torch.float32 if INTERPRET else weight.dtype
     dhidden_sum = hidden.new_zeros((n, width), dtype=torch.float32) if needs_hidden else None
@@ -261,6 +260,8 @@ def linear_logprobs_bwd(
         coefficients = upstream.on_probs(gather_ids, saved.get("entropy"), saved["row_max"])
         per_row = tuple(x[rows.order] for x in (saved["row_max"], saved["log_sum"], *coefficients))
         picked_ids, picked = _picked_gradients(projection, weight, rows, ids, gather_ids, upstream, per_row)
+        described = can_describe(device, rows.hidden, weight, wanted=descriptors)
+        plan = plan or pick_grad_plan(capability(device), weight.dtype, described)
         row_chunks, columns = chunks(n, plan.chunk_rows), chunks(vocab, plan.strip_cols)
         chunk_rows = min(n, plan.chunk_rows)
         # Whole row blocks: the recomputation writes zeros behind the last row, which the GEMMs read.
@@ -268,15 +269,6 @@ def linear_logprobs_bwd(
         dweight_sum = hidden.new_empty(
             (plan.strip_cols if needs_weight and len(row_chunks) > 1 else 0, width), dtype=torch.float32
         )
-        (h_op, w_op), described = as_operand(
-            device, (rows.hidden, (plan.block_n, plan.block_h)), (weight, (plan.block_v, plan.block_h)), wanted=descriptors
-        )
-        dz_by_m, weight_by_k = as_operand(
-            device, (dz, (plan.gemm_m, plan.gemm_k)), (weight, (plan.gemm_k, plan.gemm_h)), wanted=described
-        )[0]
-        dz_by_k, hidden_by_k = as_operand(
-            device, (dz, (plan.gemm_k, plan.gemm_m)), (rows.hidden, (plan.gemm_k, plan.gemm_h)), wanted=described
-        )[0]
         common = {"DESCRIPTOR": described, "UPCAST": INTERPRET, "COLS": plan.strip_cols}
         launch = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
         blocks = {"BLOCK_M": plan.gemm_m, "BLOCK_H": plan.gemm_h, "BLOCK_K": plan.gemm_k}
@@ -285,12 +277,12 @@ def linear_logprobs_bwd(
                 origin = (part.start, cols.start)
                 grid = triton.cdiv(chunk_rows, plan.block_n), triton.cdiv(cols.stop - cols.start, plan.block_v)
                 linear_dlogits_kernel[grid](
-                    h_op,
-                    w_op,
+                    operand(rows.hidden, (plan.block_n, plan.block_h), described),
+                    operand(weight, (plan.block_v, plan.block_h), described),
                     bias if bias is not None else weight,
                     rows.inverse_temperature,
                     *per_row,
-                    rows.count,
+                    rows.n_active,
                     dz,
                     *origin,
                     n,
@@ -313,7 +305,7 @@ def linear_logprobs_bwd(
                     scatter_picked_kernel[(chunk_rows,)](
                         picked,
                         picked_ids,
-                        rows.count,
+                        rows.n_active,
                         dz,
                         *origin,
                         vocab,
@@ -322,12 +314,12 @@ def linear_logprobs_bwd(
                         BLOCK_K=triton.next_power_of_2(k),
                         num_warps=1,
                     )
-                sizes = (rows.count, *origin, chunk_rows, n, vocab, width)
+                sizes = (rows.n_active, *origin, chunk_rows, n, vocab, width)
                 if dhidden_sum is not None:
                     grid = triton.cdiv(chunk_rows, plan.gemm_m), triton.cdiv(width, plan.gemm_h)
                     accumulate_gemm_kernel[grid](
-                        dz_by_m,
-                        weight_by_k,
+                        operand(dz, (plan.gemm_m, plan.gemm_k), described),
+                        operand(weight, (plan.gemm_k, plan.gemm_h), described),
                         dhidden_sum,
                         dhidden_sum,
                         *sizes,
@@ -344,8 +336,8 @@ def linear_logprobs_bwd(
                 if dweight is not None:
                     grid = triton.cdiv(cols.stop - cols.start, plan.gemm_m), triton.cdiv(width, plan.gemm_h)
                     accumulate_gemm_kernel[grid](
-                        dz_by_k,
-                        hidden_by_k,
+                        operand(dz, (plan.gemm_k, plan.gemm_m), described),
+                        operand(rows.hidden, (plan.gemm_k, plan.gemm_h), described),
                         dweight_sum,
                         dweight,
                         *sizes,
@@ -360,7 +352,7 @@ def linear_logprobs_bwd(
                     )
                 if dbias_sum is not None:
                     column_sums_kernel[(triton.cdiv(cols.stop - cols.start, 64),)](
-                        dz, dbias_sum, rows.count, *origin, chunk_rows, vocab, COLS=plan.strip_cols, BLOCK_N=32, BLOCK_V=64
+                        dz, dbias_sum, rows.n_active, *origin, chunk_rows, vocab, COLS=plan.strip_cols, BLOCK_N=32, BLOCK_V=64
                     )
         dhidden = None
         if dhidden_sum is not None:
@@ -392,7 +384,7 @@ def _picked_gradients(
         gradients,
         rows.inverse_temperature,
         *per_row,
-        rows.count,
+        rows.n_active,
         picked,
         k,
         projection.logit_scale,

@@ -288,7 +288,7 @@ def good_arguments() -> dict:
         ({"outputs": "entropy"}, ValueError, "`outputs` must be a sequence"),
         ({"outputs": ()}, ValueError, "`outputs` must be a sequence naming at least one"),
         ({"backend": "fast"}, ValueError, "`backend` must be one of"),
-        ({"backend": "triton"}, ValueError, "backend='triton' cannot serve linear_logprobs"),
+        ({"backend": "cuda"}, ValueError, "backend='cuda' cannot serve linear_logprobs"),
         ({"hidden": torch.randn(ROWS, HIDDEN, device="meta")}, ValueError, "`weight` is on cpu, but `hidden` is on meta"),
     ],
 )
