@@ -1,84 +1,57 @@
-"""``python -m benchmarks run [--family F] [--device D] [--dtype T] [--rounds R]``: verify, then time every provider.
-
-Prints a table and appends tidy rows (p20/p50/p80, error, device, versions, commit) to benchmarks/results/<device>/<family>.csv.
-"""
+"""``python -m benchmarks run | compare | report | compile``: timings, their comparison, README table, compile gate."""
 
 import argparse
-import importlib
 import re
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
+from benchmarks import report
+from benchmarks.cases import NAMES
 from benchmarks.compile import ARCHITECTURES, run_compile
-from benchmarks.harness import device_name, paired_rounds, peak_bytes, quantiles, ratio, stamp, write_rows
+from benchmarks.harness import device_name, write_rows
+from benchmarks.run import print_rows, run_case
 from benchmarks.shapes import shapes_for
 
-FAMILIES = ("linear_logprobs",)
-OURS = "dppo_kernels"
-MAX_ERROR = 1e-4  # of our log-probs against float64 of the same inputs: slower is reported, wrong is not
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def run(family: str, device: torch.device, dtype: torch.dtype, rounds: int) -> list[dict[str, object]]:
-    """Rows of one family over all shapes and modes."""
-    case = importlib.import_module(f"benchmarks.cases.{family}")
-    facts, rows = stamp(device), []
-    for shape_name, shape in shapes_for(device.type).items():
-        x = case.inputs(shape, dtype, device)
-        errors = case.verify(x)
-        if not errors[OURS] <= MAX_ERROR:
-            raise SystemExit(f"{family} {shape_name}: error {errors[OURS]:.2e} > {MAX_ERROR:.0e}; not timing wrong results")
-        for mode in ("forward", "forward+backward"):
-            providers = case.providers(x, mode)
-            seconds = paired_rounds(providers, rounds, device)
-            for name, times in seconds.items():
-                p20, p50, p80 = quantiles(times)
-                peak = peak_bytes(providers[name], device)
-                row = {
-                    "family": family,
-                    "shape": shape_name,
-                    **shape._asdict(),
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "mode": mode,
-                    "provider": name,
-                    "p20_ms": f"{p20 * 1e3:.3f}",
-                    "p50_ms": f"{p50 * 1e3:.3f}",
-                    "p80_ms": f"{p80 * 1e3:.3f}",
-                    "tflops": f"{case.flops(shape, mode, name) / p50 / 1e12:.3f}",
-                    "peak_mib": "" if peak is None else f"{peak / 2**20:.0f}",
-                    "max_error": f"{errors[name]:.2e}",
-                    "time_over_ours": f"{ratio(seconds, name, OURS):.2f}",
-                    **facts,
-                }
-                rows.append(row)
-                print(
-                    "  ".join(
-                        f"{row[key]!s:>12}" for key in ("shape", "mode", "provider", "p50_ms", "max_error", "time_over_ours")
-                    )
-                )
-    return rows
-
-
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    arguments = commands.add_parser("run")
-    arguments.add_argument("--family", choices=FAMILIES, action="append")
-    arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments.add_argument("--dtype", choices=("float32", "bfloat16"), default=None)
-    arguments.add_argument("--rounds", type=int, default=9)
-    arguments.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
+    run = commands.add_parser("run", help="verify, then time every provider; rows go to OUT/<device>/<case>.csv")
+    run.add_argument("--case", choices=NAMES, action="append", help="default: all")
+    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    run.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on CUDA, float32 elsewhere")
+    run.add_argument("--rounds", type=int, default=9)
+    run.add_argument("--quick", action="store_true", help="one or two shapes, five rounds")
+    run.add_argument("--sweep", action="store_true", help="also vary the vocabulary and the number of tokens")
+    run.add_argument("--out", type=Path, default=RESULTS)
+    compare = commands.add_parser("compare", help="time of B over time of A, by case, shape, mode and provider")
+    compare.add_argument("a", help="a CSV file of results, a folder of them, or a git ref (run with --quick)")
+    compare.add_argument("b", help="the same")
+    commands.add_parser("report", help="write the README's table and plots of time and memory from benchmarks/results")
     compiled = commands.add_parser("compile", help="compile every kernel ahead of time and report its resources")
     compiled.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parsed = parser.parse_args()
+    console = Console(width=150)
     if parsed.command == "compile":
-        raise SystemExit(run_compile(parsed.arch))
+        return run_compile(parsed.arch)
+    if parsed.command == "report":
+        return report.write_report(RESULTS, console)
+    if parsed.command == "compare":
+        return report.print_comparison(parsed.a, parsed.b, console)
     device = torch.device(parsed.device)
     dtype = getattr(torch, parsed.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    folder = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    for family in parsed.family or FAMILIES:
-        write_rows(parsed.out / folder / f"{family}.csv", run(family, device, dtype, parsed.rounds))
+    folder = parsed.out / re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    shapes = shapes_for(device.type, quick=parsed.quick, sweep=parsed.sweep)
+    for name in parsed.case or NAMES:
+        rows = run_case(name, shapes, device, dtype, 5 if parsed.quick else parsed.rounds, console)
+        print_rows(rows, console)
+        write_rows(folder / f"{name}.csv", rows)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -8,20 +8,40 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 Provider = Callable[[], object]
 
 
+class Ceilings(NamedTuple):
+    """What this machine reaches at best, measured in the same run."""
+
+    flop_per_s: float  # a large square matrix product in the benchmark's dtype
+    byte_per_s: float  # a device copy, reads plus writes
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    size, length = (8192, 1 << 30) if device.type == "cuda" else (1024, 1 << 27)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    source = torch.empty(length, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    seconds = paired_rounds({"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}, 5, device)
+    return Ceilings(2 * size**3 / min(seconds["matmul"]), 2 * length / min(seconds["copy"]))
+
+
 def paired_rounds(providers: Mapping[str, Provider], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds by provider, one entry a round, after one warm-up each. The order rotates from round to round."""
+    """Seconds by provider, one entry a round, after one warm-up each. The order rotates; a GPU's L2 is emptied before each."""
     names = list(providers)
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device=device) if device.type == "cuda" else None
     for name in names:
         providers[name]()
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            if flush is not None:
+                flush.zero_()
             _synchronise(device)
             start = time.perf_counter()
             providers[name]()
@@ -63,14 +83,15 @@ def device_name(device: torch.device) -> str:
 def stamp(device: torch.device) -> dict[str, str]:
     """What a figure needs beside it: device, versions, commit (marked dirty if the tree is not clean)."""
     versions = {}
-    for name in ("torch", "triton", "trl"):
+    for name in ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "-"
+    driver = _command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if device.type == "cuda" else ""
     commit = _git("rev-parse", "--short=12", "HEAD") or "unknown"
     dirty = "-dirty" if _git("status", "--porcelain", "--untracked-files=no") else ""
-    return {"device": device_name(device), **versions, "commit": commit + dirty}
+    return {"device": device_name(device), "driver": driver.split("\n")[0], **versions, "commit": commit + dirty}
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
@@ -90,9 +111,14 @@ def _synchronise(device: torch.device) -> None:
 
 
 def _git(*arguments: str) -> str:
+    return _command("git", *arguments)
+
+
+def _command(*arguments: str) -> str:
+    """What a command prints, run in this folder; empty where it does not exist or fails."""
     root = Path(__file__).resolve().parent
     try:
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(arguments, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
 

@@ -1,14 +1,15 @@
-"""linear_logprobs against TRL's chunked log-prob function and full logits."""
+"""Log-probs of sampled tokens from hidden states and the lm_head: ours, TRL, Liger, CCE, full logits, compiled full logits."""
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Provider
 from benchmarks.shapes import Shape
 
-FULL_LOGITS_LIMIT = 8 << 30  # bytes; beyond it naive torch is left out
+MODES = ("forward", "forward+backward")
+MAX_ERROR = {torch.float32: 1e-4, torch.bfloat16: 1e-4}
 
 
 class Inputs(NamedTuple):
@@ -19,14 +20,26 @@ class Inputs(NamedTuple):
 
 
 def inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
-    g = torch.Generator().manual_seed(0)
-    hidden = torch.randn(shape.n, shape.h, generator=g).to(device, dtype).requires_grad_()
-    weight = (4 / shape.h**0.5 * torch.randn(shape.v, shape.h, generator=g)).to(device, dtype).requires_grad_()
-    ids = torch.randint(0, shape.v, (shape.n,), generator=g).to(device)
-    return Inputs(hidden, weight, ids, torch.randn(shape.n, generator=g).to(device))
+    g = torch.Generator(device).manual_seed(0)
+    hidden = torch.randn(shape.n, shape.h, generator=g, device=device).to(dtype).requires_grad_()
+    weight = (4 / shape.h**0.5 * torch.randn(shape.v, shape.h, generator=g, device=device)).to(dtype).requires_grad_()
+    ids = torch.randint(0, shape.v, (shape.n,), generator=g, device=device)
+    return Inputs(hidden, weight, ids, torch.randn(shape.n, generator=g, device=device))
 
 
-def dppo_kernels_logprobs(x: Inputs) -> Tensor:
+def rows(x: Inputs, n: int) -> Inputs:
+    return Inputs(x.hidden[:n].detach(), x.weight.detach(), x.ids[:n], x.upstream[:n])
+
+
+def exact(x: Inputs) -> Tensor:
+    return torch.log_softmax(x.hidden.double() @ x.weight.double().t(), -1).gather(1, x.ids[:, None]).squeeze(1)
+
+
+def trained(x: Inputs) -> tuple[Tensor, ...]:
+    return x.hidden, x.weight
+
+
+def ours(x: Inputs) -> Tensor:
     from dppo_kernels import linear_logprobs
 
     logprobs = linear_logprobs(x.hidden, x.weight, x.ids).logprobs
@@ -34,7 +47,7 @@ def dppo_kernels_logprobs(x: Inputs) -> Tensor:
     return logprobs
 
 
-def trl_logprobs(x: Inputs) -> Tensor:
+def trl(x: Inputs) -> Tensor:
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
@@ -42,37 +55,58 @@ def trl_logprobs(x: Inputs) -> Tensor:
     return ChunkedLogProbFunction.apply(*arguments)[0]
 
 
-def naive_logprobs(x: Inputs) -> Tensor:
+def liger(x: Inputs) -> Tensor:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return -liger_fused_linear_cross_entropy(x.hidden, x.weight, x.ids, reduction="none")
+
+
+def liger_tf32(x: Inputs) -> Tensor:
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        return liger(x)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def cce(x: Inputs) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return -linear_cross_entropy(x.hidden, x.weight, x.ids, reduction="none", impl="cce")
+
+
+def naive(x: Inputs) -> Tensor:
     logits = torch.nn.functional.linear(x.hidden, x.weight).float()
     return torch.log_softmax(logits, -1).gather(1, x.ids[:, None]).squeeze(1)
 
 
-LOGPROBS = {"dppo_kernels": dppo_kernels_logprobs, "trl": trl_logprobs, "naive": naive_logprobs}
+@functools.cache
+def _compiled_naive():  # type: ignore[no-untyped-def]
+    return torch.compile(naive, dynamic=False)
 
 
-def providers(x: Inputs, mode: str) -> dict[str, Provider]:
-    """Callables by name for "forward" (no grad) or "forward+backward" (hidden and weight trained)."""
-    n, v = x.hidden.shape[0], x.weight.shape[0]
-    names = [name for name in LOGPROBS if name != "naive" or 3 * 4 * n * v <= FULL_LOGITS_LIMIT]
-
-    def forward(name: str) -> Provider:
-        return torch.no_grad()(lambda: LOGPROBS[name](x))
-
-    def both(name: str) -> Provider:
-        return lambda: torch.autograd.grad(LOGPROBS[name](x), (x.hidden, x.weight), x.upstream)
-
-    return {name: forward(name) if mode == "forward" else both(name) for name in names}
+def compiled(x: Inputs) -> Tensor:
+    return _compiled_naive()(x)
 
 
-def flops(shape: Shape, mode: str, provider: str) -> float:
-    """Per call; full logits need no recomputation in the backward."""
-    backward = 4 if provider == "naive" else 6
-    return (2 if mode == "forward" else 2 + backward) * shape.n * shape.h * shape.v
+PROVIDERS = {
+    "dppo_kernels": ours,
+    "trl": trl,
+    "liger": liger,
+    "liger tf32": liger_tf32,
+    "cce": cce,
+    "naive": naive,
+    "torch.compile": compiled,
+}
+KEEPS_LOGITS = ("naive", "torch.compile")
 
 
-def verify(x: Inputs) -> dict[str, float]:
-    """Largest log-prob error of each provider against float64 of the same inputs, over the first 64 rows."""
-    rows = x._replace(hidden=x.hidden[:64].detach(), weight=x.weight.detach(), ids=x.ids[:64])
-    exact = torch.log_softmax(rows.hidden.double() @ rows.weight.double().t(), -1).gather(1, rows.ids[:, None]).squeeze(1)
-    with torch.no_grad():
-        return {name: (logprobs(rows).double() - exact).abs().max().item() for name, logprobs in LOGPROBS.items()}
+def work(shape: Shape, dtype: torch.dtype, mode: str, provider: str) -> tuple[float, str]:
+    """2 NHV a projection; full logits need no recomputation in the backward."""
+    backward = 4 if provider in KEEPS_LOGITS else 6
+    return float((2 if mode == "forward" else 2 + backward) * shape.n * shape.h * shape.v), "flop"
+
+
+def needs_bytes(shape: Shape, provider: str) -> int:
+    return 3 * 4 * shape.n * shape.v if provider in KEEPS_LOGITS else 0
