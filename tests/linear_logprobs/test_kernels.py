@@ -17,7 +17,11 @@ from tests.linear_logprobs.test_op import DIFFERENTIABLE, OUTPUTS, run
 from tests.numerics import assert_as_exact_as_torch
 from tests.strategies import IGNORE, ScoringCase, scoring_cases
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+# Kernels are decorated once: for the interpreter where there is no GPU, for the GPU where there is one.
+ON_CPU = pytest.param(
+    "cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU of this machine")
+)
+DEVICES = [ON_CPU, pytest.param("cuda", marks=pytest.mark.gpu)]
 INTERPRETED = settings(max_examples=10)  # an example is about a second
 CASE = ScoringCase(
     rows=33, hidden_size=33, vocab=123, n_gather=4, dtype=torch.float32, scale=4.0, layout="contiguous", temperature="per_row",
@@ -50,12 +54,13 @@ def run_naive(case: ScoringCase) -> dict[str, Tensor]:
     return dict(zip(used, torch.autograd.grad(loss, list(used.values())), strict=True))
 
 
-@given(scoring_cases(dtypes=(torch.float32, torch.bfloat16, torch.float16)))
-@example(CASE)
-@example(replace(CASE, dtype=torch.bfloat16, softcap=None, temperature="cold"))
+@pytest.mark.parametrize("device", DEVICES)
+@given(case=scoring_cases(dtypes=(torch.float32, torch.bfloat16, torch.float16)))
+@example(case=CASE)
+@example(case=replace(CASE, dtype=torch.bfloat16, softcap=None, temperature="cold"))
 @INTERPRETED
-def test_as_exact_as_torch(case: ScoringCase) -> None:
-    values, grads = run(case, case.dtype, "triton")
+def test_as_exact_as_torch(device: str, case: ScoringCase) -> None:
+    values, grads = run(case, case.dtype, "triton", device)
     exact, exact_grads = run(case, torch.float64, "reference")
     in_torch, torch_grads = run(case, torch.float32, "reference")
     largest = case.largest_logit()
@@ -189,6 +194,34 @@ def test_impossible_tokens(device: str) -> None:
     assert torch.equal(out["logprobs"] == -torch.inf, impossible & counted)
     assert out["entropy"].isfinite().all()
     assert all(grad.isfinite().all() for grad in backward(replace(projection, bias=bias), ids, gather_ids, out))
+
+
+@pytest.mark.gpu
+def test_one_op_under_compile_and_autocast_on_the_device() -> None:
+    hidden, weight = (torch.randn(n, 64, device="cuda", requires_grad=True) for n in (40, 300))
+    ids = torch.randint(0, 300, (40,), device="cuda")
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            out = linear_logprobs(hidden, weight, ids, outputs=("logprobs", "entropy"))
+        return out.logprobs.sum() + out.entropy.square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True)
+    torch.testing.assert_close(compiled(hidden, weight), loss(hidden, weight))
+    grads = [torch.autograd.grad(f(hidden, weight), (hidden, weight)) for f in (compiled, loss)]
+    for a, b in zip(*grads, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_device_that_is_not_current() -> None:
+    projection, ids, gather_ids = inputs("cuda:1")
+    expected = forward(*inputs("cuda:0"))
+    for name, value in forward(projection, ids, gather_ids).items():
+        assert value.device == torch.device("cuda:1")
+        assert torch.equal(value.cpu(), expected[name].cpu())
 
 
 @pytest.mark.gpu

@@ -18,29 +18,33 @@ from tests.strategies import IGNORE, ScoringCase, scoring_cases
 OUTPUTS = ("logprobs", "lse", "entropy")
 
 
-def run(case: ScoringCase, dtype: torch.dtype, backend: str, inplace: bool) -> dict[str, Tensor]:
-    leaf = case.logits().to(dtype).requires_grad_()
+def run(case: ScoringCase, dtype: torch.dtype, backend: str, inplace: bool, device: str = "cpu") -> dict[str, Tensor]:
+    leaf = case.logits().to(device, dtype).requires_grad_()
+    gather_ids, temperature = (
+        x.to(device)[None] if isinstance(x, Tensor) else x for x in (case.gather_ids(), case.row_temperature())
+    )
     logits = leaf[None] * 1 if inplace else leaf[None]
     out = token_logprobs(
         logits,
-        case.ids()[None],
-        gather_ids=None if case.n_gather == 0 else case.gather_ids()[None],
-        temperature=t[None] if isinstance(t := case.row_temperature(), Tensor) else t,
+        case.ids().to(device)[None],
+        gather_ids=gather_ids,
+        temperature=temperature,
         outputs=OUTPUTS,
         inplace_backward=inplace,
         backend=backend,
     )
-    values = {name: value for name, value in out._asdict().items() if value is not None}
+    values = {name: value.cpu() for name, value in out._asdict().items() if value is not None}
     g = torch.Generator().manual_seed(case.seed + 1)
     loss = sum((value * torch.randn(value.shape, generator=g)).sum() for value in values.values())
-    return {**values, "dlogits": torch.autograd.grad(loss, leaf)[0]}
+    return {**values, "dlogits": torch.autograd.grad(loss, leaf)[0].cpu()}
 
 
-@given(scoring_cases(dtypes=(torch.float32,)), st.booleans())
-@example(CASE, True)
+@pytest.mark.parametrize("device", DEVICES)
+@given(case=scoring_cases(dtypes=(torch.float32,)), inplace=st.booleans())
+@example(case=CASE, inplace=True)
 @INTERPRETED
-def test_as_exact_as_torch(case: ScoringCase, inplace: bool) -> None:
-    values = run(case, torch.float32, "triton", inplace)
+def test_as_exact_as_torch(device: str, case: ScoringCase, inplace: bool) -> None:
+    values = run(case, torch.float32, "triton", inplace, device)
     in_torch, exact = (run(case, dtype, "reference", False) for dtype in (torch.float32, torch.float64))
     temperature = case.row_temperature()
     coldest = temperature.min().item() if isinstance(temperature, Tensor) and case.rows else 0.1
@@ -49,10 +53,11 @@ def test_as_exact_as_torch(case: ScoringCase, inplace: bool) -> None:
         assert_as_exact_as_torch(name, value, in_torch[name], exact[name], largest=largest)
 
 
-@given(scoring_cases(dtypes=(torch.bfloat16, torch.float16)))
+@pytest.mark.parametrize("device", DEVICES)
+@given(case=scoring_cases(dtypes=(torch.bfloat16, torch.float16)))
 @settings(INTERPRETED, max_examples=5)
-def test_statistics_of_16_bit_logits_are_float32(case: ScoringCase) -> None:
-    values = run(case, case.dtype, "triton", False)
+def test_statistics_of_16_bit_logits_are_float32(device: str, case: ScoringCase) -> None:
+    values = run(case, case.dtype, "triton", False, device)
     exact = run(case, torch.float64, "reference", False)
     scale = 1 + (case.logits().abs().max().item() * 10 if case.rows else 0)
     for name in OUTPUTS:
