@@ -80,6 +80,32 @@ except ImportError as error:
     assert "pip install 'dppo-kernels[trl]'" in message
 
 
+def test_without_any_of_the_extra_the_message_is_the_same() -> None:
+    code = """
+import importlib.metadata, sys
+gone = ("trl", "transformers", "accelerate", "datasets", "peft", "tokenizers", "rich", "packaging")
+class Gone:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in gone:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Gone())
+real = importlib.metadata.version
+def version(name):
+    if name in gone:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return real(name)
+importlib.metadata.version = version
+import dppo_kernels
+from dppo_kernels.trainers import cli
+assert "not available: dppo_kernels.trainers needs trl" in cli.doctor()
+try:
+    from dppo_kernels.trainers import DPPOTrainer
+except ImportError as error:
+    print(error)
+"""
+    assert "pip install 'dppo-kernels[trl]'" in python(code)
+
+
 def test_an_untested_trl_is_refused_by_name() -> None:
     code = """
 import importlib.metadata

@@ -16,4 +16,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
+    importlib.import_module(f"{__name__}._trl_seam")  # first: it says which package is missing or of the wrong version
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
