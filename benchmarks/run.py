@@ -28,6 +28,7 @@ def run_case(
     case, facts, ceilings = load(name), stamp(device), measure_ceilings(device, dtype)
     rows: list[dict[str, object]] = []
     for shape_name, shape in shapes.items():
+        torch.compiler.reset()  # or compiled providers reach the limit of recompilations and fall back to eager
         x = case.inputs(shape, dtype, device)
         errors, missing = _verify(case, x, shape, device)
         for provider, reason in missing.items():

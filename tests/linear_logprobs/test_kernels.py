@@ -169,7 +169,7 @@ def test_descriptors_that_cannot_be_are_refused(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("n", "vocab", "hidden_size"), [(0, 5, 4), (1, 2, 1), (3, 33, 507)])
+@pytest.mark.parametrize(("n", "vocab", "hidden_size"), [(0, 5, 4), (1, 2, 1), (3, 33, 507), (52, 307, 123)])
 def test_breaking_shapes(device: str, n: int, vocab: int, hidden_size: int) -> None:
     hidden = torch.randn(n, hidden_size, device=device, requires_grad=True)
     weight = torch.randn(vocab, hidden_size, device=device, requires_grad=True)
@@ -181,6 +181,19 @@ def test_breaking_shapes(device: str, n: int, vocab: int, hidden_size: int) -> N
         results[backend] = [out.logprobs, out.entropy, *torch.autograd.grad(loss, (hidden, weight))]
     for ours, reference in zip(*results.values(), strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_all_logits_far_below_zero(device: str) -> None:
+    """Where zeros of a masked column would be the largest logit."""
+    projection, ids, gather_ids = inputs(device, torch.float32)
+    plain = forward(projection, ids, gather_ids)
+    low = forward(replace(projection, bias=torch.full((203,), -400.0, device=device)), ids, gather_ids)
+    shift = 0.5 * 400 / projection.temperature  # logit scale / temperature
+    counted = ids != IGNORE
+    torch.testing.assert_close(low["lse"][counted], (plain["lse"] - shift)[counted], rtol=1e-6, atol=1e-4)
+    for name in ("logprobs", "entropy", "gathered"):
+        torch.testing.assert_close(low[name], plain[name], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -227,7 +240,7 @@ def test_a_device_that_is_not_current() -> None:
 @pytest.mark.gpu
 def test_large_shapes_on_the_device() -> None:
     """bf16 inputs, fp32 statistics: within 1e-4 of float64 of the same inputs; more than 2^31 logits never exist."""
-    for n, vocab, width in ((16384, 151936, 256), (252, 507, 123), (65, 129920, 1024)):
+    for n, vocab, width in ((16384, 151936, 256), (70000, 32000, 128), (252, 507, 123), (65, 129920, 1024)):
         hidden = torch.randn(n, width, device="cuda").bfloat16()
         weight = (torch.randn(vocab, width, device="cuda") * 4 / width**0.5).bfloat16()
         ids = torch.randint(0, vocab, (n,), device="cuda")
