@@ -171,16 +171,20 @@ def test_descriptors_that_cannot_be_are_refused(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("n", "vocab", "hidden_size"), [(0, 5, 4), (1, 2, 1), (3, 33, 507), (52, 307, 123)])
 def test_breaking_shapes(device: str, n: int, vocab: int, hidden_size: int) -> None:
-    hidden = torch.randn(n, hidden_size, device=device, requires_grad=True)
-    weight = torch.randn(vocab, hidden_size, device=device, requires_grad=True)
+    hidden, weight = torch.randn(n, hidden_size, device=device), torch.randn(vocab, hidden_size, device=device)
     ids = torch.full((n,), vocab - 1, device=device)
-    results = {}
-    for backend in ("triton", "reference"):
-        out = linear_logprobs(hidden, weight, ids, outputs=("logprobs", "entropy"), temperature=0.1, backend=backend)
-        loss = out.logprobs.sum() + out.entropy.sum()
-        results[backend] = [out.logprobs, out.entropy, *torch.autograd.grad(loss, (hidden, weight))]
-    for ours, reference in zip(*results.values(), strict=True):
-        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
+
+    def results(dtype: torch.dtype, backend: str) -> list[Tensor]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight)]
+        out = linear_logprobs(*leaves, ids, outputs=("logprobs", "entropy"), temperature=0.1, backend=backend)
+        grads = torch.autograd.grad(out.logprobs.sum() + out.entropy.sum(), leaves)
+        return [x.cpu() for x in (out.logprobs, out.entropy, *grads)]
+
+    ours, in_torch = results(torch.float32, "triton"), results(torch.float32, "reference")
+    largest = 10 * (hidden @ weight.t()).abs().max().item() if n else 1.0
+    exact = results(torch.float64, "reference")
+    for name, *values in zip(("logprobs", "entropy", "dhidden", "dweight"), ours, in_torch, exact, strict=True):
+        assert_as_exact_as_torch(name, *values, largest=largest)
 
 
 @pytest.mark.parametrize("device", DEVICES)
