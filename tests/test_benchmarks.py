@@ -89,6 +89,21 @@ def test_comparison_and_table(tmp_path: Path, console: Console) -> None:
     assert "| c | 1, 2, 3 | forward | dppo_kernels 5 (1) |" in report.markdown(report.read_rows(tmp_path / "b.csv").values())
 
 
+def test_sweeps_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the demo extra is not installed")
+    sweep = {name: shape for name, shape in shapes_for("cpu", sweep=True).items() if name[0] in "VN"}
+    rows = [
+        {"case": "c", "shape": name, **shape._asdict(), "dtype": "float32", "mode": "forward+backward", "provider": provider}
+        | {"p50_ms": shape.n * shape.v / 1e6, "peak_mib": "" if provider == "trl" else 1.5, "device": "d"}
+        for name, shape in sweep.items()
+        for provider in ("dppo_kernels", "trl")
+    ]
+    harness.write_rows(tmp_path / "d" / "c.csv", rows)
+    [figure] = report.plot(report.read_rows(tmp_path).values(), tmp_path)
+    assert figure == tmp_path / "d" / "c.png"
+    assert figure.read_bytes()[:4] == b"\x89PNG"
+
+
 def test_readme_holds_the_reports_table() -> None:
     text = (report.ROOT / "README.md").read_text()
     table = text.split(report.BEGIN)[1].split(report.END)[0].strip()
