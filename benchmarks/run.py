@@ -1,7 +1,7 @@
 """Verify, then time: every provider of every case, interleaved, with the ceilings of this machine measured in the same run."""
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,9 @@ def run_case(
         if not errors.get(OURS, torch.inf) <= case.MAX_ERROR[dtype]:
             raise SystemExit(f"{name} {shape_name}: not timing wrong results: error {errors.get(OURS)}, {missing.get(OURS)}")
         for mode in case.MODES:
-            providers = {provider: timed(case, provider, x, mode) for provider in errors}
+            providers, failed = _that_run(case, errors, x, mode)
+            for provider, reason in failed.items():
+                console.print(f"{name} {shape_name}: {provider} is missing from {mode}: {reason}", soft_wrap=True)
             seconds = paired_rounds(providers, rounds, device)
             for provider, times in seconds.items():
                 peak = peak_bytes(providers[provider], device)
@@ -85,7 +87,7 @@ def _verify(case: Case, x: Any, shape: Shape, device: torch.device) -> tuple[dic
             with torch.no_grad():
                 errors[provider] = (logprobs(head).double() - exact).abs().max().item()
         except Exception as reason:  # a peer that is not installed, or cannot run here: named, not hidden
-            missing[provider] = f"{type(reason).__name__}: {str(reason).splitlines()[0] if str(reason) else ''}"
+            missing[provider] = _first_line(reason)
     return errors, missing
 
 
@@ -99,6 +101,26 @@ def timed(case: Case, provider: str, x: Any, mode: str) -> Provider:
         return torch.autograd.grad(logprobs(x), case.trained(x), x.upstream)
 
     return forward_and_backward
+
+
+def _that_run(case: Case, names: Iterable[str], x: Any, mode: str) -> tuple[dict[str, Provider], dict[str, str]]:
+    """(what is timed by provider, why the others are not): a peer may fail at full size, or have no such backward."""
+    providers, failed = {}, {}
+    for name in names:
+        provider = timed(case, name, x, mode)
+        try:
+            provider()
+        except Exception as reason:
+            if name == OURS:
+                raise
+            failed[name] = _first_line(reason)
+        else:
+            providers[name] = provider
+    return providers, failed
+
+
+def _first_line(reason: Exception) -> str:
+    return f"{type(reason).__name__}: {next(iter(str(reason).splitlines()), '')}"
 
 
 def _timing(times: Sequence[float]) -> dict[str, str]:

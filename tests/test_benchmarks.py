@@ -48,6 +48,15 @@ def test_wrong_results_are_not_timed(console: Console, monkeypatch) -> None:
         run.run_case("linear_logprobs", TINY, CPU, torch.float32, 2, console)
 
 
+def test_a_peer_without_a_backward_is_named_and_the_others_are_timed(console: Console, monkeypatch) -> None:
+    case = cases.load("linear_logprobs")
+    monkeypatch.setitem(case.PROVIDERS, "trl", torch.no_grad()(case.naive))
+    rows = run.run_case("linear_logprobs", TINY, CPU, torch.float32, 2, console)
+    assert {row["mode"] for row in rows if row["provider"] == "trl"} == {"forward"}
+    assert {row["mode"] for row in rows if row["provider"] == cases.OURS} == {"forward", "forward+backward"}
+    assert "trl is missing from forward+backward: RuntimeError" in console.file.getvalue()
+
+
 def test_gradients_of_all_cases_agree_with_full_logits() -> None:
     for name in cases.NAMES:
         case = cases.load(name)

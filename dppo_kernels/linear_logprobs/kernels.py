@@ -21,6 +21,8 @@ from dppo_kernels._tl import fold_tile, load_tile, merge_stats, nonpositive, tra
 from dppo_kernels._triton import INTERPRET, can_describe, capability, launch_on, operand, program_count
 from dppo_kernels.linear_logprobs.projection import Projection
 
+FINISH_ROWS = 32  # many small programs: the second stage waits for loads, not for arithmetic
+
 
 @triton.jit
 def compact_rows_kernel(
@@ -248,7 +250,8 @@ class CompactRows(NamedTuple):
 
 def compact_rows(projection: Projection, active: Tensor) -> CompactRows:
     """Gather the rows of `hidden` where `active` [N]; reads no other row and does not wait for the device."""
-    hidden = projection.hidden
+    # The kernel rounds to the compute dtype as it stores, except in the interpreter, which rounds bfloat16 wrongly.
+    hidden = projection.hidden.to(projection.compute_dtype) if INTERPRET else projection.hidden
     n, width = hidden.shape
     order = torch.sort(active.to(torch.int8), descending=True, stable=True).indices
     count = active.sum(dtype=torch.int32).reshape(1)
@@ -388,6 +391,3 @@ def linear_logprobs_fwd(
             **flags,
         )
     return out
-
-
-FINISH_ROWS = 32  # many small programs: the second stage waits for loads, not for arithmetic

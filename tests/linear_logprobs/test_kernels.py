@@ -201,6 +201,21 @@ def test_all_logits_far_below_zero(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_autocast_rounds_both_inputs(device: str) -> None:
+    leaves = [torch.randn(n, 40, device=device, requires_grad=True) for n in (9, 50)]
+    ids = torch.arange(9, device=device)
+    results = []
+    for backend in ("triton", "reference"):
+        with torch.autocast(device, dtype=torch.bfloat16):
+            logprobs = linear_logprobs(*leaves, ids, backend=backend).logprobs
+        results.append([logprobs, *torch.autograd.grad(logprobs.sum(), leaves)])
+    assert [x.dtype for x in results[0]] == [torch.float32] * 3
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=1e-4)
+    for ours, reference in zip(results[0][1:], results[1][1:], strict=True):
+        torch.testing.assert_close(ours, reference, rtol=2e-2, atol=2e-2)  # dlogits are rounded to bfloat16 on a device
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_impossible_tokens(device: str) -> None:
     projection, ids, gather_ids = inputs(device, torch.float32)
     bias = torch.zeros(203, device=device)
