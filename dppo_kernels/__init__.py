@@ -10,7 +10,8 @@ from dppo_kernels.aggregate import REDUCTIONS, aggregate
 from dppo_kernels.divergence import DIVERGENCES, divergence, trust_region_mask
 from dppo_kernels.estimators import kl_estimate, log_ratio
 from dppo_kernels.linear_logprobs import LinearLogprobs, linear_logprobs
-from dppo_kernels.policy import PRESETS, PolicyLossSpec, Stat, policy_loss
+from dppo_kernels.policy import Stat, policy_loss
+from dppo_kernels.policy_spec import PRESETS, PolicyLossSpec
 from dppo_kernels.token_logprobs import TokenLogprobs, TopKLogprobs, token_logprobs, topk_logprobs
 
 __version__ = "0.1.0"

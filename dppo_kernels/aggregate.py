@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from dppo_kernels import _checks
+from dppo_kernels._numerics import stat_dtype
 
 REDUCTIONS = ("token_mean", "sequence_mean", "fixed_length")
 
@@ -43,19 +44,30 @@ def aggregate(
     if reduction != "token_mean" and mask.dim() != 2:
         raise ValueError(f"reduction {reduction!r} needs [B, T] values and mask, got {list(mask.shape)}")
 
+    weights = reduction_weights(mask, reduction, denominator=denominator, max_length=max_length, dtype=stat_dtype(values.dtype))
+    return (torch.where(mask, values, 0.0) * weights).sum()
+
+
+def reduction_weights(
+    mask: Tensor, reduction: str, *, denominator: float | Tensor | None, max_length: int | None, dtype: torch.dtype
+) -> Tensor:
+    """What every active token's value is multiplied by before the sum: [], or [B, 1] for ``sequence_mean``.
+
+    Arguments as in `aggregate`, already checked except for the two normalisers.
+    """
     if denominator is not None and not isinstance(denominator, Tensor):
         _checks.check_positive("denominator", denominator)
-
-    masked = torch.where(mask, values, 0.0)
-    if reduction == "sequence_mean":
-        per_sequence = masked.sum(1) / mask.sum(1).clamp(min=1)
-        return per_sequence.sum() / (max(mask.shape[0], 1) if denominator is None else denominator)
     if denominator is None:
-        if reduction == "token_mean":
+        if reduction == "sequence_mean":
+            denominator = max(mask.shape[0], 1)
+        elif reduction == "token_mean":
             denominator = mask.sum().clamp(min=1)
         elif max_length is None:
             raise ValueError("reduction 'fixed_length' needs `max_length` or `denominator`")
         else:
             _checks.check_positive("max_length", max_length)
             denominator = max(mask.shape[0], 1) * max_length
-    return masked.sum() / denominator
+    weight = 1 / torch.as_tensor(denominator, device=mask.device).detach().to(dtype)
+    if reduction == "sequence_mean":
+        weight = weight / mask.sum(1, keepdim=True).clamp(min=1)
+    return weight

@@ -21,10 +21,12 @@ RANKS = {
     "kernels_bwd": 2,
     "op": 3,
     "divergence": 4,
-    "policy": 5,
-    "__init__": 6,
-    "trainers": 7,
-    "trainers.cli": 8,
+    "policy_spec": 5,
+    "surrogates": 5,
+    "policy": 6,
+    "__init__": 9,
+    "trainers": 10,
+    "trainers.cli": 11,
 }
 
 
