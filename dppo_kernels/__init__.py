@@ -10,6 +10,7 @@ from dppo_kernels.aggregate import REDUCTIONS, aggregate
 from dppo_kernels.divergence import DIVERGENCES, divergence, trust_region_mask
 from dppo_kernels.estimators import kl_estimate, log_ratio
 from dppo_kernels.linear_logprobs import LinearLogprobs, linear_logprobs
+from dppo_kernels.linear_policy_loss import PolicyAux, explain_linear_policy_loss, linear_policy_loss
 from dppo_kernels.policy import Stat, policy_loss
 from dppo_kernels.policy_spec import PRESETS, PolicyLossSpec
 from dppo_kernels.token_logprobs import TokenLogprobs, TopKLogprobs, token_logprobs, topk_logprobs
@@ -21,6 +22,7 @@ __all__ = [
     "PRESETS",
     "REDUCTIONS",
     "LinearLogprobs",
+    "PolicyAux",
     "PolicyLossSpec",
     "Stat",
     "TokenLogprobs",
@@ -28,8 +30,10 @@ __all__ = [
     "__version__",
     "aggregate",
     "divergence",
+    "explain_linear_policy_loss",
     "kl_estimate",
     "linear_logprobs",
+    "linear_policy_loss",
     "log_ratio",
     "policy_loss",
     "token_logprobs",

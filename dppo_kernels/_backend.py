@@ -18,6 +18,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "linear_logprobs": ("triton", "torch", "reference"),
     "token_logprobs": ("triton", "torch", "reference"),
     "topk_logprobs": ("torch", "reference"),
+    "linear_policy_loss": ("torch", "reference"),
 }
 
 ENVIRONMENT_VARIABLE = "DPPO_KERNELS_BACKEND"

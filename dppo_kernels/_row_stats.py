@@ -19,7 +19,7 @@ from torch import Tensor
 OUTPUTS = ("logprobs", "lse", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 # exp() of it is 0 in every dtype, and 0 * it stays finite: stands in for -inf where a product follows.
-_FINITE_MINUS_INF = -1e30
+FINITE_MINUS_INF = -1e30
 
 
 class Upstream(NamedTuple):
@@ -111,14 +111,14 @@ class RowStats:
         new_max = torch.maximum(old_max, z.amax(1))
         # A row that has seen only -inf has no maximum to be relative to yet; 0 keeps exp(-inf - 0) = 0.
         anchor = new_max.masked_fill(new_max == -math.inf, 0.0)
-        shift = (old_max - anchor).clamp_(min=_FINITE_MINUS_INF)
+        shift = (old_max - anchor).clamp_(min=FINITE_MINUS_INF)
         rescale = shift.exp()
         z -= anchor[:, None]
         if self.dot is None:
             e = z.exp_()
         else:
             e = z.exp()
-            tile_dot = z.clamp_(min=_FINITE_MINUS_INF).mul_(e).sum(1)
+            tile_dot = z.clamp_(min=FINITE_MINUS_INF).mul_(e).sum(1)
             self.dot[rows] = rescale * (self.dot[rows] + shift * old_sum) + tile_dot
         self.sum[rows] = rescale * old_sum + e.sum(1)
         if self.sum_sq is not None:
@@ -165,7 +165,7 @@ def logits_gradient(
     z -= log_sum[:, None]
     if upstream.entropy is not None and entropy is not None:
         p = z.exp()
-        z.clamp_(min=_FINITE_MINUS_INF).mul_(on_logprobs[:, None])
+        z.clamp_(min=FINITE_MINUS_INF).mul_(on_logprobs[:, None])
         z += on_probs[:, None]
         z *= p
     else:

@@ -7,6 +7,7 @@ over 128..1024 rows x 512..8192 columns; larger tiles fall out of the last-level
 from typing import NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
 TILE_ELEMENTS = 1 << 20  # logits
 TILE_ROWS = 512
@@ -125,3 +126,8 @@ def pick_row_chunk(vocab: int) -> int:
 def chunks(total: int, size: int) -> list[slice]:
     """`total` cut into consecutive slices of at most `size`."""
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def matrix(buffer: Tensor, rows: int, cols: int) -> Tensor:
+    """The beginning of a flat buffer as [rows, cols]."""
+    return buffer[: rows * cols].view(rows, cols)

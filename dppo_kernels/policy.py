@@ -25,6 +25,10 @@ class Stat(NamedTuple):
         """Scalar mean; NaN if nothing was counted."""
         return self.sum / self.count
 
+    def merge(self, other: "Stat") -> "Stat":
+        """The statistics of both together."""
+        return Stat(self.sum + other.sum, self.count + other.count, torch.maximum(self.max, other.max))
+
 
 def policy_loss(
     logprobs: Tensor,

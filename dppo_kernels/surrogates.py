@@ -66,6 +66,16 @@ def token_losses(x: Tokens, spec: PolicyLossSpec) -> tuple[Tensor, dict[str, Ten
     return per_token, metrics
 
 
+def metric_names(spec: PolicyLossSpec, *, ref: bool) -> tuple[str, ...]:
+    """Names of the metrics that `token_losses` returns, in its order."""
+    own = {"clip": ("clipped_low", "clipped_high"), "cispo": ("ratio_above_cap",), "sapo": ()}
+    own["divergence"] = ("divergence", "masked", "masked_positive", "masked_negative")
+    if spec.surrogate == "divergence" and spec.ratio_cap is not None:
+        own["divergence"] += ("ratio_above_cap",)
+    common = ("ratio", "ratio_squared", "prob_gap", "anchor_kl", "surrogate")
+    return (*own[spec.surrogate], *common, *(("ref_kl",) if ref else ()))
+
+
 @torch.no_grad()
 def gradient_on_logprobs(x: Tokens, loss_weights: Tensor, metrics: dict[str, Tensor], spec: PolicyLossSpec) -> Tensor:
     """``d(sum_t loss_weights_t loss_t) / d logprobs``, what autograd finds through `token_losses` (which gave `metrics`)."""

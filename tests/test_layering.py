@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Lower numbers know nothing of higher ones. Modules of one number may share: both references are one formula.
 FAMILIES = ("linear_logprobs", "token_logprobs")
+ABOVE_POLICY = ("linear_policy_loss",)  # a family made of the others: its parts share one rank
 RANKS = {
     "_": 0,
     "reference": 1,
@@ -24,6 +25,7 @@ RANKS = {
     "policy_spec": 5,
     "surrogates": 5,
     "policy": 6,
+    "linear_policy_loss": 7,
     "__init__": 9,
     "trainers": 10,
     "trainers.cli": 11,
@@ -58,6 +60,8 @@ def rank(module: str) -> int:
     parts = module.removeprefix("dppo_kernels.").split(".")
     if parts[0] == "trainers":
         return RANKS["trainers.cli"] if parts[-1] == "cli" else RANKS["trainers"]
+    if parts[0] in ABOVE_POLICY:
+        return RANKS[parts[0]]
     if parts[0] in FAMILIES:
         return RANKS["op"] if len(parts) == 1 else RANKS["_" if parts[1].startswith("_") else parts[1]]
     return RANKS["_" if parts[0].startswith("_") else parts[0]]

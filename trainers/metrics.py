@@ -23,11 +23,6 @@ class Reduced(NamedTuple):
     max: float
 
 
-def merge(a: Stat, b: Stat) -> Stat:
-    """The statistics of both together."""
-    return Stat(a.sum + b.sum, a.count + b.count, torch.maximum(a.max, b.max))
-
-
 def reduce_stats(accelerator: Accelerator, stats: Mapping[str, Stat]) -> dict[str, Reduced]:
     """Mean and maximum over ranks, in two collectives and one transfer to the host; left out where nothing was counted."""
     sums = torch.stack([x.float() for stat in stats.values() for x in (stat.sum, stat.count)])
@@ -53,7 +48,7 @@ class StatLoggingMixin(Host):
         """Add the stats of one micro-batch to those of the current logging window; no host sync."""
         window = self._stats["train" if self.model.training else "eval"]
         for name, stat in stats.items():
-            window[name] = merge(window[name], stat) if name in window else stat
+            window[name] = window[name].merge(stat) if name in window else stat
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"

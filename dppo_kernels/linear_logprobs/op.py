@@ -70,7 +70,11 @@ def linear_logprobs(
 
     Source: online softmax, Milakov & Gimelshein (arXiv 1805.02867); recomputed tiles, Wijmans et al. (arXiv 2411.09009).
     """
-    _check_arguments(hidden, weight, ids, bias, gather_ids, temperature, logit_scale, softcap, outputs)
+    check_linear_arguments(hidden, weight, ids, bias, gather_ids, temperature, logit_scale, softcap)
+    if isinstance(outputs, str) or (not outputs and gather_ids is None):
+        raise ValueError(f"`outputs` must be a sequence naming at least one of {', '.join(OUTPUTS)}; got {outputs!r}")
+    for output in outputs:
+        _checks.check_choice("outputs", output, OUTPUTS)
     autocast = autocast_dtype(hidden.device)
     compute_dtype = hidden.dtype if autocast is None or hidden.dtype == torch.float64 else autocast
     name = _backend.resolve("linear_logprobs", backend, hidden.device, compute_dtype)
@@ -149,7 +153,7 @@ def _forward_op(
         hidden, weight, bias, temperature if row_temperature is None else row_temperature, logit_scale, softcap, compute_dtype
     )
     with torch.autocast(hidden.device.type, enabled=False):
-        values = _forward(backend)(projection, ids, gather_ids, ignore_index=ignore_index, outputs=asked)
+        values = implementation(backend)[0](projection, ids, gather_ids, ignore_index=ignore_index, outputs=asked)
     return _pack(values, asked, projection.dtype, hidden)
 
 
@@ -169,20 +173,13 @@ def _(
     return _pack(values, asked, dtype, hidden)
 
 
-def _forward(backend: str) -> Callable[..., dict[str, Tensor]]:
+def implementation(backend: str) -> tuple[Callable[..., dict[str, Tensor]], Callable[..., Any]]:
+    """(forward, backward) of a backend."""
     if backend == "triton":  # imported here: the package works without Triton
-        from dppo_kernels.linear_logprobs import kernels
+        from dppo_kernels.linear_logprobs import kernels, kernels_bwd
 
-        return kernels.linear_logprobs_fwd
-    return torch_impl.linear_logprobs_fwd
-
-
-def _backward_of(backend: str) -> Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    if backend == "triton":
-        from dppo_kernels.linear_logprobs import kernels_bwd
-
-        return kernels_bwd.linear_logprobs_bwd
-    return torch_impl.linear_logprobs_bwd
+        return kernels.linear_logprobs_fwd, kernels_bwd.linear_logprobs_bwd
+    return torch_impl.linear_logprobs_fwd, torch_impl.linear_logprobs_bwd
 
 
 def _pack(values: dict[str, Tensor], asked: frozenset[str], dtype: torch.dtype, like: Tensor) -> Any:
@@ -227,7 +224,7 @@ def _backward_op(
     if dentropy is not None:
         saved["entropy"] = entropy
     with torch.autocast(hidden.device.type, enabled=False):
-        grads = _backward_of(backend)(
+        grads = implementation(backend)[1](
             projection,
             ids,
             gather_ids,
@@ -284,7 +281,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _check_arguments(
+def check_linear_arguments(
     hidden: Tensor,
     weight: Tensor,
     ids: Tensor,
@@ -293,8 +290,8 @@ def _check_arguments(
     temperature: float | Tensor,
     logit_scale: float,
     softcap: float | None,
-    outputs: Sequence[str],
 ) -> None:
+    """Checks of everything that makes logits."""
     _checks.check_floating("hidden", hidden)
     _checks.check_floating("weight", weight)
     _checks.check_ids("ids", ids)
@@ -315,7 +312,3 @@ def _check_arguments(
     _checks.check_number("logit_scale", logit_scale)
     if softcap is not None:
         _checks.check_positive("softcap", softcap)
-    if isinstance(outputs, str) or (not outputs and gather_ids is None):
-        raise ValueError(f"`outputs` must be a sequence naming at least one of {', '.join(OUTPUTS)}; got {outputs!r}")
-    for output in outputs:
-        _checks.check_choice("outputs", output, OUTPUTS)

@@ -19,6 +19,7 @@ class Projection:
     logit_scale: float
     softcap: float | None
     compute_dtype: torch.dtype  # inputs are rounded to it first (autocast); products accumulate in `dtype`
+    low_rank: tuple[Tensor, Tensor] | None = None  # [N, r] and [V, r]: their product is added to hidden @ weight.T
 
     @property
     def dtype(self) -> torch.dtype:
@@ -29,22 +30,40 @@ class Projection:
         if rows.shape[0] == self.hidden.shape[0]:
             return self
         temperature = self.temperature[rows] if isinstance(self.temperature, Tensor) else self.temperature
-        return replace(self, hidden=self.hidden[rows], temperature=temperature)
+        low_rank = None if self.low_rank is None else (self.low_rank[0][rows], self.low_rank[1])
+        return replace(self, hidden=self.hidden[rows], temperature=temperature, low_rank=low_rank)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """An input as it enters a product: rounded as autocast asks, in the precision products accumulate in."""
+        return x.to(self.compute_dtype).to(self.dtype)
 
     def hidden_rows(self, rows: slice) -> Tensor:
-        return self.hidden[rows].to(self.compute_dtype).to(self.dtype)
+        return self.rounded(self.hidden[rows])
 
     def weight_columns(self, cols: slice) -> Tensor:
-        return self.weight[cols].to(self.compute_dtype).to(self.dtype)
+        return self.rounded(self.weight[cols])
 
     def logits(
-        self, h: Tensor, w: Tensor, rows: slice, cols: slice, buffer: Tensor, *, with_slope: bool = False
+        self, h: Tensor, w: Tensor, rows: slice, cols: slice, out: Tensor, *, with_slope: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """``z`` of one tile in `buffer`, and (asked for) ``1 - tanh^2`` where there is a soft-cap."""
-        z = buffer[: h.shape[0] * w.shape[0]].view(h.shape[0], w.shape[0])
-        torch.mm(h, w.t(), out=z)
+        """``z`` of one tile in `out` [rows, cols], and (asked for) ``1 - tanh^2`` where there is a soft-cap."""
+        z = torch.mm(h, w.t(), out=out)
+        if self.low_rank is not None:
+            z.addmm_(self.rounded(self.low_rank[0][rows]), self.rounded(self.low_rank[1][cols]).t())
         if self.bias is not None:
             z += self.bias[cols].to(self.dtype)
+        return self._transform(z, rows, with_slope)
+
+    def logits_at(self, h: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``z`` [N, K] of the ids [N, K] of all rows by dot products, and ``1 - tanh^2`` where there is a soft-cap."""
+        z = (self.rounded(self.weight[ids]) * h[:, None]).sum(2)
+        if self.low_rank is not None:
+            z += (self.rounded(self.low_rank[1][ids]) * self.rounded(self.low_rank[0])[:, None]).sum(2)
+        if self.bias is not None:
+            z += self.bias[ids].to(self.dtype)
+        return self._transform(z, slice(0, z.shape[0]), True)
+
+    def _transform(self, z: Tensor, rows: slice, with_slope: bool) -> tuple[Tensor, Tensor | None]:
         slope = None
         if self.softcap is not None:
             z.mul_(self.logit_scale / self.softcap).tanh_()
@@ -57,6 +76,12 @@ class Projection:
         elif self.temperature != 1.0:
             z /= self.temperature
         return z, slope
+
+    def row_slopes(self, n: int) -> Tensor:
+        """``logit_scale / temperature`` [n]: what is left of dz / d(h W^T + b) without a soft-cap."""
+        if isinstance(self.temperature, Tensor):
+            return (self.logit_scale / self.temperature).to(self.dtype)
+        return self.hidden.new_full((n,), self.logit_scale / self.temperature, dtype=self.dtype)
 
     def gradient_to_projection(self, dz: Tensor, slope: Tensor | None, rows: slice) -> Tensor:
         """Chain ``dL/dz`` back to ``dL/d(h W^T + b)``, in place."""

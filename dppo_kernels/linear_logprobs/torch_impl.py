@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dppo_kernels._row_stats import RowStats, Upstream, logits_gradient
-from dppo_kernels._tiling import chunks, pick_linear_tile
+from dppo_kernels._tiling import chunks, matrix, pick_linear_tile
 from dppo_kernels.linear_logprobs.projection import Projection
 
 
@@ -28,7 +28,8 @@ def linear_logprobs_fwd(
     for cols in chunks(vocab, tile.cols) if rows.shape[0] else ():
         w = active.weight_columns(cols)
         for part in chunks(rows.shape[0], tile.rows):
-            z, _ = active.logits(active.hidden_rows(part), w, part, cols, buffer)
+            h = active.hidden_rows(part)
+            z, _ = active.logits(h, w, part, cols, matrix(buffer, h.shape[0], w.shape[0]))
             stats.update(part, cols.start, z)
     finished = stats.finish()
     return {name: value.new_zeros(n, *value.shape[1:]).index_copy_(0, rows, value) for name, value in finished.items()}
@@ -65,7 +66,7 @@ def linear_logprobs_bwd(
         db = w.new_zeros(w.shape[0]) if dbias is not None else None
         for part in chunks(n_rows, tile.rows):
             h = active.hidden_rows(part)
-            z, slope = active.logits(h, w, part, cols, buffer, with_slope=True)
+            z, slope = active.logits(h, w, part, cols, matrix(buffer, h.shape[0], w.shape[0]), with_slope=True)
             dz = logits_gradient(
                 z,
                 cols.start,

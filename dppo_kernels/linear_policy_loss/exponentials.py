@@ -1,0 +1,184 @@
+"""A chunk of rows as scaled exponentials: from logits to log-probs, and from coefficients to the operand of the gradient GEMMs.
+
+    e_v = exp(z_v - c), c the logit of the row's id t;  R = sum_{v != t} e_v;  S = R + e_t
+    logp = (z_t - c) - log S;   dL/dz_v = -(g / S) e_v  for v != t,   dL/dz_t = (g / S) R
+
+With ``-R`` stored in column t, the gradient of a log-prob is the chunk times one factor per row, ``-g / S``: it scales rows of
+the GEMMs' small operands, and the chunk itself is written once. No digits cancel where p is near 1, since R leaves e_t out.
+Where the id is so improbable that R could overflow, c is the row's largest logit. An entropy gradient is no multiple of e: the
+chunk is then rewritten as dL/dz. A soft-cap's derivative is multiplied into e after it was summed.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dppo_kernels._row_stats import FINITE_MINUS_INF, pick_columns
+from dppo_kernels._tiling import TILE_ELEMENTS, WEIGHT_TILE_ELEMENTS, chunks
+from dppo_kernels.linear_logprobs.projection import Projection
+from dppo_kernels.linear_policy_loss.rows import Scores
+
+# Above it, e times an entry of the head could overflow; rows there are scaled by their largest logit instead.
+LARGEST_SUM = 2.0**64
+
+
+class Exponentials(NamedTuple):
+    """Scaled exponentials of a chunk, zeros in the columns of `ids`, and what was summed over them."""
+
+    values: Tensor  # [n, V]
+    ids: Tensor  # [n]
+    anchor: Tensor  # [n] c
+    target: Tensor  # [n] z_t
+    target_slope: Tensor | None  # [n] 1 - tanh^2 at t
+    rest: Tensor  # [n] R
+    dot: Tensor | None  # [n] sum_v e_v (z_v - c)
+
+    def total(self) -> Tensor:
+        """S [n]."""
+        return self.rest + (self.target - self.anchor).exp()
+
+    def log_total(self) -> Tensor:
+        """log S; log1p where e_t = 1, which keeps the digits of 1 - p."""
+        return torch.where(self.target == self.anchor, self.rest.log1p(), self.total().log())
+
+    def scores(self, gathered: Tensor | None, gather_ids: Tensor | None) -> Scores:
+        """Log-probs and entropy; `gathered` holds the logits [n, K] of `gather_ids`, of which negative ones give 0."""
+        log_total = self.log_total()
+        entropy = None if self.dot is None else (log_total - self.dot / self.total()).clamp_(min=0.0)
+        logprobs = None
+        if gathered is not None and gather_ids is not None:
+            logprobs = (gathered - self.anchor[:, None]) - log_total[:, None]
+            logprobs = logprobs.masked_fill_(gather_ids < 0, 0.0)
+        return Scores((self.target - self.anchor) - log_total, entropy, logprobs)
+
+    def keep_rows(self, keep: Tensor) -> tuple["Exponentials", Tensor]:
+        """The rows where `keep`, in place, and which rows [n2] they were: those at the end fill the holes before them."""
+        count = int(keep.sum())
+        order = torch.arange(count, device=keep.device)
+        if count == keep.shape[0]:
+            return self, order
+        holes = (~keep[:count]).nonzero().squeeze(1)
+        movers = keep[count:].nonzero().squeeze(1) + count
+        order[holes] = movers
+        for hole, mover in zip(holes.tolist(), movers.tolist(), strict=True):
+            self.values[hole].copy_(self.values[mover])
+        rest = (None if x is None else x[order] for x in self[1:])
+        return Exponentials(self.values[:count], *rest), order  # type: ignore[arg-type]
+
+
+def exponentials(
+    x: Projection, ids: Tensor, gather_ids: Tensor | None, out: Tensor, *, with_entropy: bool, fold_slope: bool
+) -> tuple[Exponentials, Tensor | None]:
+    """Exponentials of all rows of `x` in `out` [n, V], and the logits [n, K] of `gather_ids`. FLOPs 2 n HV.
+
+    Args:
+        with_entropy: sum ``e (z - c)`` as well.
+        fold_slope: multiply the derivative of a soft-cap into the values.
+    """
+    target, slope = x.logits_at(x.hidden_rows(slice(0, ids.shape[0])), ids[:, None])
+    target = target.squeeze(1)
+    found, gathered = _fold(x, ids, gather_ids, out, target, target, with_entropy, fold_slope)
+    fits = found.rest <= LARGEST_SUM  # False for NaN
+    if not bool(fits.all()):
+        for cols, w in weight_tiles(x):
+            x.logits(x.hidden_rows(slice(0, ids.shape[0])), w, slice(0, ids.shape[0]), cols, out[:, cols])
+        anchor = torch.where(fits, target, out.amax(1))
+        found, gathered = _fold(x, ids, gather_ids, out, anchor, target, with_entropy, fold_slope)
+    return found._replace(target_slope=None if slope is None else slope.squeeze(1)), gathered
+
+
+def gradient_operand(
+    e: Exponentials, x: Projection, dlogprobs: Tensor, entropy: Tensor | None, entropy_weight: Tensor | None, *, rows: int
+) -> tuple[Tensor, Tensor]:
+    """(matrix [n, V], factor [n]): ``dL/d(h W^T + b)`` is the factor times the matrix. Written over the exponentials.
+
+    `x` holds the same rows; `entropy_weight` is dL/dH of every row, given if it is not 0 (`fold_slope` was off then).
+    """
+    slopes = x.row_slopes(rows)
+    if entropy_weight is None or entropy is None:
+        values = -e.rest if e.target_slope is None else -e.rest * e.target_slope
+        e.values.scatter_(1, e.ids[:, None], values[:, None])
+        return e.values, -(dlogprobs / e.total()) * slopes
+    log_total, total = e.log_total(), e.total()
+    on_probs = (-dlogprobs / total)[:, None]
+    on_logprobs = (-entropy_weight / total)[:, None]
+    for cols in chunks(e.values.shape[1], max(1, TILE_ELEMENTS // max(rows, 1))):
+        tile = e.values[:, cols]
+        z = tile.log().clamp_(min=FINITE_MINUS_INF)
+        logp_plus_entropy = z + (entropy - log_total)[:, None]
+        tile *= on_probs + on_logprobs * logp_plus_entropy
+        if x.softcap is not None:
+            tile *= 1 - _bent(x, z + e.anchor[:, None]).square()
+    logp = (e.target - e.anchor) - log_total
+    p = logp.exp()
+    at_target = dlogprobs * (e.rest / total) - entropy_weight * p * (logp.clamp(min=FINITE_MINUS_INF) + entropy)
+    if e.target_slope is not None:
+        at_target = at_target * e.target_slope
+    e.values.scatter_(1, e.ids[:, None], at_target[:, None])
+    return e.values, slopes
+
+
+def weight_tiles(x: Projection) -> Iterator[tuple[slice, Tensor]]:
+    """(columns, the head's rows there) in the precision products accumulate in: all at once, or copies of a bounded size."""
+    vocab, width = x.weight.shape
+    copied = x.weight.dtype != x.dtype or x.compute_dtype != x.dtype
+    for cols in chunks(vocab, max(1, WEIGHT_TILE_ELEMENTS // max(width, 1)) if copied else vocab):
+        yield cols, x.weight_columns(cols)
+
+
+def _fold(
+    x: Projection,
+    ids: Tensor,
+    gather_ids: Tensor | None,
+    out: Tensor,
+    anchor: Tensor,
+    target: Tensor,
+    with_entropy: bool,
+    fold_slope: bool,
+) -> tuple[Exponentials, Tensor | None]:
+    n = ids.shape[0]
+    rows = slice(0, n)
+    h = x.hidden_rows(rows)
+    rest = torch.zeros_like(anchor)
+    dot = torch.zeros_like(anchor) if with_entropy else None
+    gathered = None if gather_ids is None else anchor.new_zeros(gather_ids.shape)
+    for cols, w in weight_tiles(x):
+        x.logits(h, w, rows, cols, out[:, cols])
+        if gathered is not None and gather_ids is not None:
+            gathered += pick_columns(out[:, cols], gather_ids, cols.start)
+        # Temporaries of a soft-cap or an entropy are as wide as what they are made of: in cache-sized pieces.
+        step = cols.stop - cols.start
+        if dot is not None or (fold_slope and x.softcap is not None):
+            step = max(1, TILE_ELEMENTS // max(n, 1))
+        for piece in chunks(cols.stop - cols.start, step):
+            first = cols.start + piece.start
+            tile = out[:, first : cols.start + piece.stop]
+            slope = 1 - _bent(x, tile).square() if fold_slope and x.softcap is not None else None
+            tile -= anchor[:, None]
+            if dot is None:
+                tile.exp_()
+            else:
+                e = tile.exp()
+                dot += tile.clamp_(min=FINITE_MINUS_INF).mul_(e).sum(1)
+                tile.copy_(e)
+            _zero_columns(tile, ids - first)
+            rest += tile.sum(1)
+            if slope is not None:
+                tile *= slope
+    return Exponentials(out, ids, anchor, target, None, rest, dot), gathered
+
+
+def _bent(x: Projection, z: Tensor) -> Tensor:
+    """The tanh that a soft-cap made `z` of."""
+    assert x.softcap is not None
+    temperature = x.temperature[:, None] if isinstance(x.temperature, Tensor) else x.temperature
+    return z * (temperature / x.softcap)
+
+
+def _zero_columns(tile: Tensor, local: Tensor) -> None:
+    """``tile[r, local[r]] = 0`` where that column is in the tile."""
+    inside = (local >= 0) & (local < tile.shape[1])
+    columns = local.clamp(0, tile.shape[1] - 1)[:, None]
+    tile.scatter_(1, columns, tile.gather(1, columns).masked_fill(inside[:, None], 0.0))

@@ -1,0 +1,112 @@
+"""Per-row inputs of a fused policy loss, which rows it has to score, and the row stage in torch: statistics to coefficients."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dppo_kernels.policy import Stat, partial_sums
+from dppo_kernels.policy_spec import PolicyLossSpec
+from dppo_kernels.surrogates import Tokens, gradient_on_logprobs, metric_names, token_losses
+
+
+class PolicyRows(NamedTuple):
+    """What the loss of each row depends on besides its log-probs; [N], `topk_*` [N, K]."""
+
+    ids: Tensor
+    mask: Tensor  # bool
+    advantages: Tensor
+    loss_weights: Tensor  # of every row's loss in the reduction
+    anchor: Tensor | None
+    ref_logprobs: Tensor | None
+    token_weights: Tensor | None
+    topk_ids: Tensor | None
+    rollout_topk_logprobs: Tensor | None
+    topk_valid: Tensor | None
+
+    def take(self, rows: Tensor | slice) -> "PolicyRows":
+        return PolicyRows(*(None if x is None else x[rows] for x in self))  # type: ignore[arg-type]
+
+    def to_score(self, spec: PolicyLossSpec, sequence_length: int, *, score_inactive: bool) -> Tensor:
+        """Rows that the loss or its gradient depends on (all that count, if `score_inactive`): bool [N]."""
+        if score_inactive or spec.scores_every_token:
+            return self.mask
+        active = self.mask & (self.advantages != 0)
+        if self.token_weights is not None:
+            active &= self.token_weights != 0
+        if spec.ratio_level == "sequence":  # one active token needs the ratio of its whole sequence
+            return self.mask & active.view(-1, sequence_length).any(1, keepdim=True).expand(-1, sequence_length).reshape(-1)
+        return active
+
+
+class Scores(NamedTuple):
+    """Statistics of scored rows."""
+
+    logprobs: Tensor  # [n]
+    entropy: Tensor | None  # [n]
+    gathered: Tensor | None  # [n, K] log-probs of `topk_ids`
+
+    def spread(self, places: Tensor, n: int) -> "Scores":
+        """Among `n` rows, at `places`; zeros elsewhere."""
+        return Scores(
+            *(None if x is None else x.new_zeros(n, *x.shape[1:]).index_copy_(0, places, x) for x in self)  # type: ignore[arg-type]
+        )
+
+
+class RowLoss(NamedTuple):
+    """The loss of some rows and what the gradient stage needs."""
+
+    loss: Tensor  # scalar float64
+    dlogprobs: Tensor  # [n]
+    stats: dict[str, Stat]
+
+
+def stat_names(spec: PolicyLossSpec, *, ref: bool, entropy: bool) -> tuple[str, ...]:
+    """Names of `RowLoss.stats`, in order."""
+    return (*metric_names(spec, ref=ref), *(("entropy",) if entropy else ()))
+
+
+def row_loss(
+    rows: PolicyRows, scores: Scores, spec: PolicyLossSpec, entropy_weight: Tensor | None, sequence_length: int | None = None
+) -> RowLoss:
+    """Loss, coefficients and metrics of the rows that ``rows.mask`` says were scored.
+
+    Args:
+        scores: whatever they hold elsewhere changes nothing.
+        entropy_weight: dL/dH of every scored row, if there is an entropy bonus.
+        sequence_length: for a sequence-level ratio; rows are whole sequences then.
+    """
+    dtype = scores.logprobs.dtype
+
+    def shaped(values: Tensor) -> Tensor:
+        return values if sequence_length is None else values.view(-1, sequence_length, *values.shape[1:])
+
+    def clean(values: Tensor) -> Tensor:
+        return shaped(torch.where(rows.mask, values, 0.0).to(dtype))
+
+    def optional(values: Tensor | None, convert: Callable[[Tensor], Tensor]) -> Tensor | None:
+        return None if values is None else convert(values)
+
+    mask = shaped(rows.mask)
+    tokens = Tokens(
+        clean(scores.logprobs),
+        clean(scores.logprobs if rows.anchor is None else rows.anchor),
+        clean(rows.advantages),
+        mask,
+        optional(rows.token_weights, clean),
+        optional(rows.ref_logprobs, clean),
+        optional(scores.gathered, shaped),
+        optional(rows.rollout_topk_logprobs, shaped),
+        optional(rows.topk_valid, shaped),
+    )
+    loss_weights = clean(rows.loss_weights)
+    losses, metrics = token_losses(tokens, spec)
+    dlogprobs = gradient_on_logprobs(tokens, loss_weights, metrics, spec)
+    loss = torch.where(mask, losses * loss_weights, 0.0).sum(dtype=torch.float64)
+    stats = {name: partial_sums(values, mask) for name, values in metrics.items()}
+    if scores.entropy is not None:
+        stats["entropy"] = partial_sums(scores.entropy, rows.mask)
+        if entropy_weight is not None:
+            loss = loss + entropy_weight * torch.where(rows.mask, scores.entropy, 0.0).sum(dtype=torch.float64)
+    return RowLoss(loss, dlogprobs.reshape(-1), stats)
