@@ -15,11 +15,13 @@ from dppo_kernels import (
     aggregate,
     divergence,
     kl_estimate,
+    linear_policy_loss,
     policy_loss,
     token_logprobs,
     topk_logprobs,
     trust_region_mask,
 )
+from dppo_kernels._numerics import log1mexp
 
 GOLDEN = {case["id"]: case for case in json.loads((Path(__file__).parent / "golden" / "golden.json").read_text())["cases"]}
 
@@ -264,6 +266,36 @@ def clip_higher(x: dict, y: dict, dtype: torch.dtype) -> None:
         )
         close(loss.detach(), y[f"loss_{suffix}"], dtype)
         assert bool(torch.autograd.grad(loss, logprobs)[0].any()) == y[f"grad_flows_{suffix}"]
+
+
+def fused_policy_loss(logprobs: Tensor, anchor: Tensor | None = None, *rest: Tensor, **options: Any) -> Any:
+    """`policy_loss` by way of `linear_policy_loss`: a head of two tokens whose first has the given log-probs."""
+    anchor = options.pop("anchor_logprobs", anchor)
+    # Clipped losses are given ratios, some as log-probs above 0: only the difference counts there.
+    shift = max(logprobs.max().item(), 0.0) and logprobs.max().item() + 1
+    z = torch.stack([logprobs - shift, log1mexp(logprobs - shift)], -1)
+    names = dict(zip(("advantages", "loss_mask"), rest, strict=False))
+    ids = torch.zeros(logprobs.shape, dtype=torch.long)
+    head = torch.eye(2, dtype=logprobs.dtype)
+    FUSED_CALLS.append(shift)
+    return linear_policy_loss(z, head, ids, anchor - shift, **names, **options, score_inactive=True)
+
+
+FUSED_CALLS: list[float] = []
+LOSSES = (
+    *("s1.loss_tv_c20.0", "s1.loss_kl", "s1.metrics_tv", "s1.ppo_special_case"),
+    *("s0.policy_loss_A+1", "s3.clip_higher_vs_symmetric"),
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("case_id", LOSSES)
+def test_golden_losses_through_the_fused_op(case_id: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "policy_loss", fused_policy_loss)
+    FUSED_CALLS.clear()
+    case = GOLDEN[case_id]
+    ASSERTED[case_id](case["inputs"], case["expected"], dtype)
+    assert FUSED_CALLS
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])

@@ -54,7 +54,7 @@ def choose_design(
     if not needs_gradient:
         return Design("score")
     fit = workspace_bytes // max(vocab * element_size, 1)
-    if fit < min(MIN_ROWS, n_rows):
+    if fit < min(MIN_ROWS, max(n_rows, 1)):
         return Design("recompute")
     if ratio_level == "token":
         return Design("forward", _balanced(n_rows, min(fit, target_rows)), 1)

@@ -403,21 +403,31 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, mask: Te
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, *others = output
     ctx.mark_non_differentiable(*others)
-    # Not through save_for_backward: what it holds on to is copied, not handed over, when it becomes a leaf's `.grad`.
-    ctx.gradients = others[-3:]
+    gradients = others[-3:]
     ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
+    ctx.traced = any(type(x) is not Tensor for x in gradients)
+    if ctx.traced:
+        ctx.save_for_backward(*gradients)
+    else:  # what save_for_backward holds on to is copied, not handed over, when it becomes a leaf's `.grad`
+        ctx.gradients = gradients
 
 
 def _backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    if ctx.gradients is None:
-        raise RuntimeError("linear_policy_loss computed its gradient in the forward and has handed it over: backward runs once")
+    constants = (None,) * 25
+    if ctx.traced:
+        scaled = [x * dloss for x in ctx.saved_tensors]
+        return (*(x.to(t) if need else None for x, t, need in zip(scaled, ctx.dtypes, ctx.needs_input_grad)), *constants)  # noqa: B905
+    if torch.is_grad_enabled():
+        raise RuntimeError("linear_policy_loss has no second derivative: compute its gradient without create_graph")
     gradients, ctx.gradients = ctx.gradients, None
-    scaled = []
-    for needed, dtype in zip(ctx.needs_input_grad, ctx.dtypes, strict=False):
+    if gradients is None:
+        raise RuntimeError("linear_policy_loss computed its gradient in the forward and has handed it over: backward runs once")
+    given: list[Tensor | None] = []
+    for dtype, needed in zip(ctx.dtypes, ctx.needs_input_grad[:3], strict=True):
         gradient = gradients.pop(0)
-        scaled.append(gradient.mul_(dloss).to(dtype) if needed else None)
+        given.append(gradient.mul_(dloss).to(dtype) if needed else None)
         del gradient
-    return (*scaled, *(None,) * 25)
+    return (*given, *constants)
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,7 +1,7 @@
 """One call of the fused policy loss and its result; and the designs that need no more than `linear_logprobs`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor
 from dppo_kernels._row_stats import Upstream
 from dppo_kernels.linear_logprobs.projection import Projection
 from dppo_kernels.linear_policy_loss.design import Design
-from dppo_kernels.linear_policy_loss.rows import PolicyRows, RowLoss, Scores, row_loss
-from dppo_kernels.policy import Stat
+from dppo_kernels.linear_policy_loss.rows import PolicyRows, RowLoss, Scores, row_loss, stat_names
+from dppo_kernels.policy import Stat, partial_sums
 from dppo_kernels.policy_spec import PolicyLossSpec
 
 _UNSCORED = -1  # stands for the ids of rows that enter no GEMM
@@ -43,13 +43,14 @@ class Result:
     logprobs: Tensor  # [N]
     entropy: Tensor | None  # [N]
     gradients: tuple[Tensor | None, ...]  # as `Task.needs`
-    stats: dict[str, Stat] = field(default_factory=dict)
+    stats: dict[str, Stat]
 
     @classmethod
     def empty(cls, task: Task) -> "Result":
         x = task.projection
         inputs = (x.hidden, x.weight, x.bias)
         zeros = x.hidden.new_zeros(x.hidden.shape[0], dtype=x.dtype)
+        nothing = partial_sums(zeros[:0], task.rows.mask[:0])
         return cls(
             zeros.new_zeros((), dtype=torch.float64),
             zeros,
@@ -58,6 +59,10 @@ class Result:
                 torch.zeros_like(i, dtype=x.dtype, memory_format=torch.contiguous_format) if need and i is not None else None
                 for i, need in zip(inputs, task.needs, strict=True)
             ),
+            {
+                name: nothing
+                for name in stat_names(task.spec, ref=task.rows.ref_logprobs is not None, entropy=task.with_entropy)
+            },
         )
 
     def add(self, rows: Tensor | slice, scores: Scores, loss: RowLoss) -> None:
@@ -66,7 +71,7 @@ class Result:
         if self.entropy is not None and scores.entropy is not None:
             self.entropy[rows] = scores.entropy
         for name, stat in loss.stats.items():
-            self.stats[name] = self.stats[name].merge(stat) if name in self.stats else stat
+            self.stats[name] = self.stats[name].merge(stat)
 
 
 def two_pass_fwd(task: Task, score: Callable[..., dict[str, Tensor]], backward: Callable[..., Any]) -> Result:

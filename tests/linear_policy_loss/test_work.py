@@ -1,0 +1,172 @@
+"""The designs: which one serves a call, and that each does the work it claims."""
+
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dppo_kernels import PRESETS, PolicyLossSpec, linear_logprobs, linear_policy_loss
+from dppo_kernels.linear_policy_loss import op
+from dppo_kernels.linear_policy_loss.design import MIN_ROWS, Design, choose_design
+from dppo_kernels.linear_policy_loss.task import Task
+from tests.census import GemmFlops
+
+B, T, H, V = 6, 20, 24, 211
+N = B * T
+ROW = 4 * V  # bytes of a row of exponentials
+
+
+def captured(spec: PolicyLossSpec, needs: tuple[bool, bool] = (True, True), **changes) -> Task:
+    """The task of a call: 5 tokens a sequence behind the mask, sequence 0 without advantage, every second token far off."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(B, T, H, generator=g), torch.randn(V, H, generator=g) / H**0.5
+    ids = torch.randint(0, V, (B, T), generator=g)
+    mask = torch.ones(B, T, dtype=torch.bool)
+    mask[:, :5] = False
+    advantages = torch.ones(B)
+    advantages[0] = 0
+    anchor = linear_logprobs(hidden, weight, ids).logprobs
+    anchor[:, ::2] -= 1  # ratio e: clipped where A > 0
+    arguments = {"ids": ids, "anchor_logprobs": anchor, "advantages": advantages, "loss_mask": mask, "spec": spec, **changes}
+    tasks = []
+    real = op._run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(op, "_run", lambda task, backend: tasks.append(task) or real(task, backend))
+        linear_policy_loss(hidden.requires_grad_(needs[0]), weight.requires_grad_(needs[1]), **arguments)
+    return tasks[0]
+
+
+def flops(task: Task) -> float:
+    """GEMM FLOPs in units of H V."""
+    with torch.no_grad(), GemmFlops() as count:
+        op._run(task, "torch")
+    return count.flops / (H * V)
+
+
+N1 = (B - 1) * (T - 5)
+N2 = (B - 1) * len([t for t in range(5, T) if t % 2])
+
+
+@pytest.mark.parametrize(
+    ("needs", "expected"),
+    [
+        pytest.param((True, True), 2 * N1 + 4 * N2, id="trained"),
+        pytest.param((True, False), 2 * N1 + 2 * N2, id="frozen head"),
+        pytest.param((False, True), 2 * N1 + 2 * N2, id="frozen hidden"),
+        pytest.param((False, False), 2 * N1, id="no gradient"),
+    ],
+)
+@pytest.mark.parametrize("workspace", [MIN_ROWS * ROW, 50 * ROW, 1 << 30])
+def test_flops_with_the_gradient_in_the_forward(needs: tuple[bool, bool], expected: int, workspace: int) -> None:
+    task = captured(PRESETS["dapo"], needs, workspace_bytes=workspace)
+    assert task.design.name == ("forward" if any(needs) else "score")
+    assert flops(task) == expected
+
+
+def test_all_active_costs_six() -> None:
+    spec = PRESETS["cispo"]
+    task = captured(spec, loss_mask=torch.ones(B, T, dtype=torch.bool), advantages=torch.ones(B))
+    assert flops(task) == 6 * N
+
+
+def test_tokens_outside_the_trust_region_leave_before_the_gradient() -> None:
+    tight = PRESETS["dppo_binary_tv"].replace(epsilon_low=1e-6, epsilon_high=1e-6)
+    assert flops(captured(tight)) == 2 * N1 + 4 * N2
+    assert flops(captured(PRESETS["dppo_binary_tv"].replace(epsilon_high=1.0))) == 6 * N1
+
+
+def test_scoring_inactive_tokens_costs_their_projection() -> None:
+    assert flops(captured(PRESETS["dapo"], score_inactive=True)) == 2 * B * (T - 5) + 4 * N2
+
+
+@pytest.mark.parametrize("spec", [PRESETS["dapo"].replace(beta=0.1), PRESETS["dapo"].replace(entropy_coef=0.1)])
+def test_a_term_on_every_token_keeps_every_token(spec: PolicyLossSpec) -> None:
+    ref = {"ref_logprobs": torch.full((B, T), -3.0)} if spec.beta else {}
+    assert flops(captured(spec, **ref)) == 6 * B * (T - 5)
+
+
+def test_the_strict_mode_recomputes() -> None:
+    task = captured(PRESETS["dapo"], workspace_bytes=0)
+    assert task.design.name == "recompute"
+    assert flops(task) == 2 * N1 + 6 * N2
+
+
+@pytest.mark.parametrize("workspace", [0, 1 << 30])
+def test_nothing_active_runs_no_gemm(workspace: int) -> None:
+    task = captured(PRESETS["gspo"], advantages=torch.zeros(B), workspace_bytes=workspace)
+    assert flops(task) == 0
+    task = captured(PRESETS["dapo"], loss_mask=torch.zeros(B, T, dtype=torch.bool), workspace_bytes=workspace)
+    assert flops(task) == 0
+
+
+def gspo_task(rows: int) -> Task:
+    spec = PRESETS["gspo"].replace(epsilon_low=0.9, epsilon_high=9.0)  # nothing clipped
+    return captured(spec, workspace_bytes=rows * ROW)
+
+
+def test_sequence_level_costs_six_where_a_sequence_fits() -> None:
+    task = gspo_task(40)
+    assert task.design == Design("keep", 40, 1, recomputed=False)
+    assert flops(task) == 6 * N1
+
+
+def test_sequence_level_recomputes_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences of 15 active rows in slots of 4 + 4: chunks 4, 4, 4, 3, of which the first and the last are kept."""
+    monkeypatch.setattr(op, "TARGET_ROWS", {"cpu": 4})
+    monkeypatch.setattr(sys.modules[choose_design.__module__], "MIN_ROWS", 1)
+    task = gspo_task(8)
+    assert task.design == Design("keep", 4, 2, recomputed=True)
+    assert flops(task) == 6 * N1 + 2 * 8 * (B - 1)
+
+
+def choose(**changes) -> Design:
+    arguments = {
+        "n_rows": 1000,
+        "longest_sequence": 100,
+        "vocab": 1000,
+        "element_size": 4,
+        "needs_gradient": True,
+        "ratio_level": "token",
+        "workspace_bytes": 1 << 20,
+        "target_rows": 256,
+    }
+    return choose_design(**(arguments | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        pytest.param({"needs_gradient": False}, Design("score"), id="no gradient"),
+        pytest.param({}, Design("forward", 250, 1), id="balanced chunks"),
+        pytest.param({"workspace_bytes": 100 * 4000}, Design("forward", 100, 1), id="bounded by the workspace"),
+        pytest.param({"workspace_bytes": 15 * 4000}, Design("recompute"), id="fewer rows than a GEMM needs"),
+        pytest.param({"workspace_bytes": 15 * 4000, "n_rows": 15}, Design("forward", 15, 1), id="few rows fit whole"),
+        pytest.param({"n_rows": 0}, Design("forward", 1, 1), id="no rows"),
+        pytest.param({"ratio_level": "sequence"}, Design("keep", 131, 2), id="sequences"),
+        pytest.param({"ratio_level": "sequence", "longest_sequence": 300}, Design("keep", 131, 2, True), id="long sequences"),
+        pytest.param({"ratio_level": "sequence", "workspace_bytes": 0}, Design("recompute"), id="sequences, strict"),
+    ],
+)
+def test_one_design_per_regime(changes: dict, expected: Design) -> None:
+    assert choose(**changes) == expected
+
+
+def test_no_tensor_exceeds_the_workspace() -> None:
+    largest = 0
+
+    class Census(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(x, torch.Tensor):
+                    largest = max(largest, x.numel())
+            return out
+
+    for spec in (PRESETS["dapo"], PRESETS["gspo"], PRESETS["dapo"].replace(entropy_coef=0.1)):
+        largest = 0
+        task = captured(spec, workspace_bytes=MIN_ROWS * ROW, softcap=5.0)
+        with torch.no_grad(), Census():
+            op._run(task, "torch")
+        assert largest == max(MIN_ROWS * V, V * H, N * H), spec
