@@ -51,6 +51,9 @@ def _cases(architecture: str, *, described: bool) -> list[Case]:
 
     from dppo_kernels._tiling import pick_grad_plan, pick_lse_plan, pick_row_plan
     from dppo_kernels.linear_logprobs import kernels, kernels_bwd
+    from dppo_kernels.linear_policy_loss import kernels as policy
+    from dppo_kernels.linear_policy_loss.kernels_rows import policy_row_kernel
+    from dppo_kernels.linear_policy_loss.triton_impl import COPY_BLOCK, ROW_BLOCK
     from dppo_kernels.token_logprobs import kernels as token
 
     capability = {"80": (8, 0), "90": (9, 0), "100": (10, 0)}.get(architecture, (8, 0))
@@ -169,8 +172,8 @@ def _cases(architecture: str, *, described: bool) -> list[Case]:
         Case(
             kernels_bwd.column_sums_kernel,
             "32x64",
-            {**common, "sum_ptr": FP32},
-            {"COLS": grad.strip_cols, "BLOCK_N": 32, "BLOCK_V": 64},
+            {**common, "sum_ptr": FP32, "weight_ptr": FP32},
+            {"WEIGHTED": True, "COLS": grad.strip_cols, "BLOCK_N": 32, "BLOCK_V": 64},
             4,
         ),
         Case(
@@ -197,6 +200,96 @@ def _cases(architecture: str, *, described: bool) -> list[Case]:
             multiples_of_16=(*wide, "stride_out_a", "stride_out_b"),
         ),
     ]
+    chunk = dict.fromkeys(
+        (
+            *("anchor_ptr", "rest_ptr", "dot_ptr", "max_ptr", "target_ptr", "total_rest_ptr", "total_dot_ptr", "factor_ptr"),
+            *("at_target_ptr", "offset_ptr", "out_factor_ptr", "rows_ptr"),
+        ),
+        FP32,
+    )
+    chunk |= {"e_ptr": bf16, "redo_ptr": I32, "source_ptr": I64, "keep_ptr": I32}
+    padded = -(-151936 // grad.block_v) * grad.block_v
+    found.append(
+        Case(
+            policy.exponentials_kernel,
+            f"{grad.block_n}x{grad.block_v}x{grad.block_h}",
+            {**common, **chunk, "hidden": operand(grad.block_n, grad.block_h), "weight": operand(grad.block_v, grad.block_h)},
+            {
+                **flags,
+                **tile,
+                "FOLD_SLOPE": True,
+                "ENTROPY": True,
+                "REDO": False,
+                "stride_weight_h": 1,
+                "COLS": padded,
+                "BLOCK_N": grad.block_n,
+                "BLOCK_V": grad.block_v,
+                "BLOCK_H": grad.block_h,
+            },
+            grad.num_warps,
+            grad.num_stages,
+            gemm=True,
+            multiples_of_16=(*wide, "first_row", "chunk_rows"),
+        )
+    )
+    per_row = {
+        f"{name}_ptr": FP32
+        for name in ("advantages", "weights", "anchor_logprobs", "ref", "token_weights", "rollout_topk", "dlogprobs_in")
+    }
+    row_types = {
+        **common,
+        **chunk,
+        **finished,
+        **per_row,
+        "topk_ids_ptr": I64,
+        "topk_valid_ptr": BOOL,
+        "entropy_weight_ptr": FP32,
+        "loss_ptr": "*fp64",
+        "stats_ptr": "*fp64",
+        **dict.fromkeys(("epsilon_low", "epsilon_high", "ratio_cap", "sapo_pos", "sapo_neg", "beta"), "fp32"),
+    }
+    found += [
+        Case(
+            policy.merge_sums_kernel,
+            f"{ROW_BLOCK} rows",
+            {**common, **chunk},
+            {"ENTROPY": True, "REDO": False, "BLOCK_N": ROW_BLOCK, "PROJECTION_BLOCK_N": grad.block_n},
+            1,
+        ),
+        Case(
+            policy.entropy_gradient_kernel,
+            f"{ROW_BLOCK}x128",
+            {**common, **chunk},
+            {"HAS_SOFTCAP": True, "COLS": padded, "BLOCK_N": ROW_BLOCK, "BLOCK_V": 128},
+            4,
+        ),
+        Case(policy.move_rows_kernel, f"{COPY_BLOCK}", {**common, **chunk}, {"COLS": padded, "BLOCK_V": COPY_BLOCK}, 4),
+        Case(
+            policy.scale_rows_kernel,
+            f"{COPY_BLOCK}",
+            {**common, **chunk, "hidden_ptr": bf16, "out_ptr": bf16},
+            {"COLS": padded, "UPCAST": False, "BLOCK_H": COPY_BLOCK},
+            4,
+        ),
+        Case(policy.scatter_rows_kernel, f"{COPY_BLOCK}", {**common, **chunk}, {"BLOCK_H": COPY_BLOCK}, 4),
+    ]
+    for surrogate, kind in (("clip", ""), ("divergence", "binary_kl"), ("divergence", "topk_kl"), ("given", "")):
+        found.append(
+            Case(
+                policy_row_kernel,
+                f"{kind or surrogate}, {ROW_BLOCK} rows",
+                row_types,
+                {
+                    **dict.fromkeys(("HAS_CAP", "HAS_ANCHOR", "HAS_REF", "KL", "KL_WEIGHTED", "HAS_TOKEN_WEIGHTS"), True),
+                    **dict.fromkeys(("HAS_VALID", "HAS_SOFTCAP", "ENTROPY", "ENTROPY_GRADIENT"), True),
+                    "SURROGATE": surrogate,
+                    "DIVERGENCE": kind,
+                    "N_STATS": 12,
+                    "BLOCK_N": ROW_BLOCK,
+                },
+                1,
+            )
+        )
     return found
 
 

@@ -18,7 +18,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "linear_logprobs": ("triton", "torch", "reference"),
     "token_logprobs": ("triton", "torch", "reference"),
     "topk_logprobs": ("torch", "reference"),
-    "linear_policy_loss": ("torch", "reference"),
+    "linear_policy_loss": ("triton", "torch", "reference"),
 }
 
 ENVIRONMENT_VARIABLE = "DPPO_KERNELS_BACKEND"
@@ -73,6 +73,8 @@ def _obstacle(op: str, name: str, device: torch.device, dtype: torch.dtype, *, n
     if name == "triton":
         if not named and device.type == "cpu":
             return "the interpreter is for tests"
+        if op == "linear_policy_loss" and dtype == torch.float16:
+            return "its exponentials need the exponent range of bfloat16 or float32, these tensors are float16"
         return _triton_obstacle(device, dtype)
     return None
 

@@ -67,7 +67,10 @@ def reduction_weights(
         else:
             _checks.check_positive("max_length", max_length)
             denominator = max(mask.shape[0], 1) * max_length
-    weight = 1 / torch.as_tensor(denominator, device=mask.device).detach().to(dtype)
+    if isinstance(denominator, Tensor):
+        weight = 1 / denominator.detach().to(mask.device, dtype)
+    else:
+        weight = torch.full((), 1 / denominator, dtype=dtype, device=mask.device)
     if reduction == "sequence_mean":
         weight = weight / mask.sum(1, keepdim=True).clamp(min=1)
     return weight

@@ -110,4 +110,7 @@ def test_every_kernel_runs_in_the_interpreter() -> None:
         torch.autograd.grad(scores.logprobs.sum(), leaves)
         logits = torch.randn(N, V, requires_grad=True)
         dppo_kernels.token_logprobs(logits, ids, gather_ids=gather_ids, backend="triton").gathered.sum().backward()
+        spec = dppo_kernels.PRESETS["dapo"].replace(entropy_coef=0.1)
+        batch = (ids, torch.zeros(N), torch.ones(N), torch.ones(N, dtype=torch.bool))
+        dppo_kernels.linear_policy_loss(*leaves[:2], *batch, spec=spec, bias=leaves[2], backend="triton")
     assert set(work.launches) == kernels

@@ -77,7 +77,14 @@ def test_imports_point_one_way(module: str) -> None:
 @pytest.mark.parametrize("module", [m for m in modules() if not m.startswith("dppo_kernels.trainers")])
 def test_the_core_knows_only_torch(module: str) -> None:
     allowed = {"dppo_kernels", "torch", *sys.stdlib_module_names}
-    if module.split(".")[-1] in ("kernels", "kernels_bwd", "_tl", "_triton"):  # imported by ops when a call runs on Triton
+    if module.split(".")[-1] in (
+        "kernels",
+        "kernels_bwd",
+        "kernels_rows",
+        "triton_impl",
+        "_tl",
+        "_triton",
+    ):  # imported by ops when a call runs on Triton
         allowed.add("triton")
     third_party = {name.split(".")[0] for name in imports(modules()[module])} - allowed
     assert not third_party, f"{module} imports {third_party}"

@@ -179,7 +179,10 @@ def accumulate_gemm_kernel(
         limit_m, limit_k, first_k, n_b, first_sum = cols, rows, first_row, N, m
     else:
         limit_m, limit_k, first_k, n_b, first_sum = rows, cols, first_col, V, first_row + m
-    if m < limit_m:
+    wanted = m < limit_m
+    if not FIRST and not LAST:
+        wanted = wanted & (limit_k > 0)  # adding nothing need not read and write the sums
+    if wanted:
         # 64-bit addresses of the tile's corner, 32-bit offsets within: the accumulator leaves few registers for more.
         offs_m, offs_h = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_H)[None, :]
         inside = (offs_m < limit_m - m) & (offs_h < H - h)
@@ -205,12 +208,14 @@ def accumulate_gemm_kernel(
 @triton.jit
 def column_sums_kernel(
     dz_ptr,
+    weight_ptr,  # [rows of a chunk] what rows are multiplied by
     sum_ptr,
     count_ptr,
     first_row,
     first_col,
     chunk_rows,
     V,
+    WEIGHTED: tl.constexpr,
     COLS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -222,7 +227,10 @@ def column_sums_kernel(
     for row in range(0, rows, BLOCK_N):
         offs_n = row + tl.arange(0, BLOCK_N)
         place = offs_n[:, None].to(tl.int64) * COLS + local[None, :]
-        total += tl.sum(tl.load(dz_ptr + place, mask=(offs_n[:, None] < rows) & inside[None, :], other=0.0).to(tl.float32), 0)
+        dz = tl.load(dz_ptr + place, mask=(offs_n[:, None] < rows) & inside[None, :], other=0.0).to(tl.float32)
+        if WEIGHTED:
+            dz *= tl.load(weight_ptr + offs_n, mask=offs_n < rows, other=0.0)[:, None]
+        total += tl.sum(dz, 0)
     tl.store(sum_ptr + first_col + local, total, mask=inside)
 
 
@@ -352,7 +360,17 @@ def linear_logprobs_bwd(
                     )
                 if dbias_sum is not None:
                     column_sums_kernel[(triton.cdiv(cols.stop - cols.start, 64),)](
-                        dz, dbias_sum, rows.n_active, *origin, chunk_rows, vocab, COLS=plan.strip_cols, BLOCK_N=32, BLOCK_V=64
+                        dz,
+                        dz,
+                        dbias_sum,
+                        rows.n_active,
+                        *origin,
+                        chunk_rows,
+                        vocab,
+                        WEIGHTED=False,
+                        COLS=plan.strip_cols,
+                        BLOCK_N=32,
+                        BLOCK_V=64,
                     )
         dhidden = None
         if dhidden_sum is not None:

@@ -33,6 +33,11 @@ class Projection:
         low_rank = None if self.low_rank is None else (self.low_rank[0][rows], self.low_rank[1])
         return replace(self, hidden=self.hidden[rows], temperature=temperature, low_rank=low_rank)
 
+    def cut(self, rows: slice) -> "Projection":
+        """The same head over consecutive rows, without a copy."""
+        temperature = self.temperature[rows] if isinstance(self.temperature, Tensor) else self.temperature
+        return replace(self, hidden=self.hidden[rows], temperature=temperature)
+
     def rounded(self, x: Tensor) -> Tensor:
         """An input as it enters a product: rounded as autocast asks, in the precision products accumulate in."""
         return x.to(self.compute_dtype).to(self.dtype)

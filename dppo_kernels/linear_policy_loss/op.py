@@ -121,7 +121,6 @@ def linear_policy_loss(
     compute_dtype = hidden.dtype if autocast is None or hidden.dtype == torch.float64 else autocast
     name = _backend.resolve("linear_policy_loss", backend, hidden.device, compute_dtype)
     reports_entropy = with_entropy or spec.entropy_coef != 0
-    normalisers = {"denominator": denominator, "entropy_denominator": entropy_denominator, "max_length": max_length}
     if name == "reference":
         outputs = ("logprobs", "entropy") if reports_entropy else ("logprobs",)
         counted = loss_mask[..., None]
@@ -139,6 +138,7 @@ def linear_policy_loss(
             backend=name,
             check_values=check_values,
         )
+        assert scores.logprobs is not None
         loss, stats = policy_loss(
             scores.logprobs,
             anchor_logprobs,
@@ -151,7 +151,9 @@ def linear_policy_loss(
             rollout_topk_logprobs=rollout_topk_logprobs,
             topk_valid=topk_valid,
             token_weights=token_weights,
-            **normalisers,
+            denominator=denominator,
+            entropy_denominator=entropy_denominator,
+            max_length=max_length,
         )
         stats["unscored"] = partial_sums(torch.zeros_like(loss_mask), loss_mask)
         aux = PolicyAux(scores.logprobs.detach(), None if scores.entropy is None else scores.entropy.detach(), loss_mask)
@@ -366,7 +368,7 @@ def _op(
     result.stats["unscored"] = partial_sums(mask & ~scored, mask)
     packed = torch.stack([torch.stack([x.double() for x in stat]) for stat in result.stats.values()])
     empty = result.logprobs.new_empty(0)
-    return (
+    return (  # type: ignore[return-value]
         result.loss.to(result.logprobs.dtype),
         result.logprobs,
         empty if result.entropy is None else result.entropy,
@@ -379,6 +381,10 @@ def _op(
 def _run(task: Task, backend: str) -> Result:
     if task.design.name in ("score", "recompute"):
         return two_pass_fwd(task, *implementation(backend))
+    if backend == "triton":  # imported here: the package works without Triton
+        from dppo_kernels.linear_policy_loss import triton_impl
+
+        return triton_impl.linear_policy_loss_fwd(task)
     return torch_impl.linear_policy_loss_fwd(task)
 
 

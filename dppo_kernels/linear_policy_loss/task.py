@@ -59,10 +59,7 @@ class Result:
                 torch.zeros_like(i, dtype=x.dtype, memory_format=torch.contiguous_format) if need and i is not None else None
                 for i, need in zip(inputs, task.needs, strict=True)
             ),
-            {
-                name: nothing
-                for name in stat_names(task.spec, ref=task.rows.ref_logprobs is not None, entropy=task.with_entropy)
-            },
+            dict.fromkeys(stat_names(task.spec, ref=task.rows.ref_logprobs is not None, entropy=task.with_entropy), nothing),
         )
 
     def add(self, rows: Tensor | slice, scores: Scores, loss: RowLoss) -> None:

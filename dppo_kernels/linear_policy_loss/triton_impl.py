@@ -1,0 +1,396 @@
+"""The fused policy loss on Triton kernels: launches, in the order of `torch_impl`, with all counts on the device.
+
+Token-level ratios: active rows are compacted once; chunk by chunk they are projected, the row kernel finds the coefficients,
+and the gradient GEMMs follow. Sequence-level ratios: groups of whole sequences are projected first; coefficients come from the row
+stage in torch; chunks that no longer have a slot are projected again. The host launches for as many chunks as there could be;
+kernels of a chunk without rows return at once.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from dppo_kernels._tiling import GradPlan, chunks, pick_grad_plan
+from dppo_kernels._triton import INTERPRET, can_describe, capability, launch_on, operand
+from dppo_kernels.linear_logprobs.kernels import CompactRows, compact_rows, gather_logits
+from dppo_kernels.linear_logprobs.kernels_bwd import accumulate_gemm_kernel, column_sums_kernel
+from dppo_kernels.linear_policy_loss.kernels import (
+    entropy_gradient_kernel,
+    exponentials_kernel,
+    merge_sums_kernel,
+    move_rows_kernel,
+    scale_rows_kernel,
+    scatter_rows_kernel,
+)
+from dppo_kernels.linear_policy_loss.kernels_rows import policy_row_kernel
+from dppo_kernels.linear_policy_loss.rows import PolicyRows, Scores, row_loss, stat_names
+from dppo_kernels.linear_policy_loss.task import Result, Task
+from dppo_kernels.policy import Stat
+
+ROW_BLOCK = 32  # rows per program of the row stage: many small programs, it waits for loads
+COPY_BLOCK = 1024
+
+
+class Group(NamedTuple):
+    """Compacted rows whose coefficients become known together."""
+
+    rows: CompactRows  # `order` holds the caller's rows
+    ids: Tensor  # [n] int64 compacted order
+    z: Tensor  # [n, 1 + K] logits of the ids and the gathered ids, compacted order
+
+
+class Sums(NamedTuple):
+    """Of a chunk's rows; [chunk_rows] each."""
+
+    anchor: Tensor
+    rest: Tensor
+    dot: Tensor
+
+
+class Prepared(NamedTuple):
+    """What the row kernel leaves for the gradient stage; [chunk_rows] each."""
+
+    factor: Tensor
+    at_target: Tensor
+    keep: Tensor  # int32
+    on_probs: Tensor
+    on_logprobs: Tensor
+    offset: Tensor
+
+
+def linear_policy_loss_fwd(task: Task, plan: GradPlan | None = None, descriptors: bool | None = None) -> Result:
+    """Loss and gradients; `plan` and `descriptors` override what the device and the strides would choose."""
+    result = Result.empty(task)
+    if task.rows.mask.shape[0]:
+        with launch_on(task.projection.hidden.device):
+            _Launcher(task, result, plan, descriptors).run()
+    return result
+
+
+class _Launcher:
+    def __init__(self, task: Task, result: Result, plan: GradPlan | None, descriptors: bool | None) -> None:
+        x = task.projection
+        self.task, self.result = task, result
+        self.rows = PolicyRows(*(None if v is None else v.contiguous() for v in task.rows))  # type: ignore[arg-type]
+        self.weight = x.weight.to(x.compute_dtype)
+        self.vocab, self.width = self.weight.shape
+        self.device = x.hidden.device
+        self.with_dot = task.with_entropy
+        aligned = torch.empty(1, self.width, dtype=x.compute_dtype, device=self.device)  # compacted rows are contiguous
+        self.described = can_describe(self.device, aligned, self.weight, wanted=descriptors)
+        self.plan = plan = plan or pick_grad_plan(capability(self.device), x.compute_dtype, self.described)
+        n = task.rows.mask.shape[0]
+        self.chunk_rows = triton.cdiv(min(task.design.chunk_rows, n), plan.block_n) * plan.block_n
+        self.cols = triton.cdiv(self.vocab, plan.block_v) * plan.block_v
+        # Kernels of an interpreter round bfloat16 wrongly, so there everything stays in fp32.
+        self.stored = torch.float32 if INTERPRET else x.compute_dtype
+        self.slots = [self.new((self.chunk_rows, self.cols), self.stored) for _ in range(task.design.slots)]
+        n_blocks = self.cols // plan.block_v
+        self.partials = [self.new((n_blocks, self.chunk_rows)) for _ in range(3)]
+        self.placeholder = self.new(1)
+        entropy_weight = task.entropy_weight
+        self.entropy_weight = self.placeholder if entropy_weight is None else entropy_weight.float().reshape(1)
+        self.scored = task.to_score()
+        self.tile = {"DESCRIPTOR": self.described, "UPCAST": INTERPRET}
+        self.launch = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
+
+    def new(self, shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def run(self) -> None:
+        task, n = self.task, self.task.rows.mask.shape[0]
+        if task.design.name == "forward":
+            self.run_token_level(self.group(slice(0, n)), n)
+            return
+        length = task.sequence_length
+        at_once = max(1, self.chunk_rows * task.design.slots // length) * length
+        for part in chunks(n, at_once):
+            self.run_sequences(part)
+
+    def run_token_level(self, group: Group, n: int) -> None:
+        parts = chunks(n, self.chunk_rows)
+        names = stat_names(self.task.spec, ref=self.task.rows.ref_logprobs is not None, entropy=self.task.with_entropy)
+        programs = triton.cdiv(self.chunk_rows, ROW_BLOCK)
+        losses = self.new(programs * len(parts), torch.float64)
+        stats = self.new((programs * len(parts), len(names), 2), torch.float64)
+        self.result.logprobs.zero_()
+        for i, part in enumerate(parts):
+            sums = self.project(group, part, self.slots[0])
+            prepared = self.row_stage(
+                group, part, sums, self.task.spec.surrogate, first_program=i * programs, losses=losses, stats=stats
+            )
+            self.gradients(group, part, self.slots[0], sums, prepared)
+        self.result.loss += losses.sum()
+        count = self.scored.sum()
+        for i, name in enumerate(names):
+            self.result.stats[name] = Stat(stats[:, i, 0].sum(), count, stats[:, i, 1].max())
+
+    def run_sequences(self, part: slice) -> None:
+        task, result = self.task, self.result
+        group = self.group(part)
+        parts = chunks(part.stop - part.start, self.chunk_rows)
+        topk = task.rows.topk_ids
+        gathered = None if topk is None else self.new(topk.shape).zero_()
+        kept: dict[int, tuple[int, Sums]] = {}  # slot -> (chunk, its sums)
+        for i, rows in enumerate(parts):
+            slot = min(i, len(self.slots) - 1)
+            kept[slot] = i, self.project(group, rows, self.slots[slot])
+            self.row_stage(group, rows, kept[slot][1], "score", gathered=gathered)
+        rows_of = self.rows.take(part)._replace(mask=self.scored[part])
+        scores = Scores(
+            result.logprobs[part],
+            None if result.entropy is None else result.entropy[part],
+            None if gathered is None else gathered[part],
+        )
+        loss = row_loss(rows_of, scores, task.spec, task.entropy_weight, task.sequence_length)
+        result.loss += loss.loss
+        for name, stat in loss.stats.items():
+            result.stats[name] = result.stats[name].merge(stat)
+        dlogprobs = torch.zeros_like(result.logprobs)
+        dlogprobs[part] = loss.dlogprobs
+        in_slot = {chunk: (slot, sums) for slot, (chunk, sums) in kept.items()}
+        # Last chunk first: its slot is where the others are projected again.
+        for i in sorted(range(len(parts)), key=lambda i: (i not in in_slot, -i)):
+            slot, sums = in_slot[i] if i in in_slot else (len(self.slots) - 1, None)
+            sums = sums or self.project(group, parts[i], self.slots[slot])
+            prepared = self.row_stage(group, parts[i], sums, "given", dlogprobs=dlogprobs)
+            self.gradients(group, parts[i], self.slots[slot], sums, prepared)
+
+    def group(self, part: slice) -> Group:
+        """Scored rows among `part` of the caller's rows, compacted on the device."""
+        x = self.task.projection.cut(part)
+        rows, counted = self.rows.take(part), self.scored[part]
+        compacted = compact_rows(x, counted)
+        ids = rows.ids.masked_fill(~counted, -1)
+        all_ids = ids[:, None] if rows.topk_ids is None else torch.cat([ids[:, None], rows.topk_ids], 1)
+        z = gather_logits(x, self.weight, compacted, all_ids.contiguous())
+        return Group(compacted._replace(order=compacted.order + part.start), ids[compacted.order], z)
+
+    def project(self, group: Group, part: slice, slot: Tensor) -> Sums:
+        """Exponentials of a chunk in `slot`, and their sums."""
+        x, plan, rows = self.task.projection, self.plan, group.rows
+        sums = Sums(*(self.new(self.chunk_rows) for _ in range(3)))
+        size = part.stop - part.start
+        sums.anchor[:size] = group.z[part, 0]
+        row_blocks = self.chunk_rows // plan.block_n
+        redo = torch.zeros(row_blocks, dtype=torch.int32, device=self.device)
+        for again in (False, True):
+            exponentials_kernel[(row_blocks, self.cols // plan.block_v)](
+                operand(rows.hidden, (plan.block_n, plan.block_h), self.described),
+                operand(self.weight, (plan.block_v, plan.block_h), self.described),
+                x.bias if x.bias is not None else self.weight,
+                rows.inverse_temperature,
+                group.ids,
+                sums.anchor,
+                rows.n_active,
+                redo,
+                slot,
+                *self.partials,
+                part.start,
+                self.chunk_rows,
+                rows.hidden.shape[0],
+                self.vocab,
+                self.width,
+                x.logit_scale,
+                x.softcap or 1.0,
+                *self.weight.stride(),
+                HAS_BIAS=x.bias is not None,
+                HAS_SOFTCAP=x.softcap is not None,
+                FOLD_SLOPE=self.task.entropy_weight is None,
+                ENTROPY=self.with_dot,
+                REDO=again,
+                COLS=self.cols,
+                BLOCK_N=plan.block_n,
+                BLOCK_V=plan.block_v,
+                BLOCK_H=plan.block_h,
+                **self.tile,
+                **self.launch,
+            )
+            merge_sums_kernel[(triton.cdiv(self.chunk_rows, ROW_BLOCK),)](
+                *self.partials,
+                group.z[:, 0].contiguous(),
+                rows.n_active,
+                redo,
+                *sums,
+                part.start,
+                self.chunk_rows,
+                self.cols // plan.block_v,
+                ENTROPY=self.with_dot,
+                REDO=again,
+                BLOCK_N=ROW_BLOCK,
+                PROJECTION_BLOCK_N=plan.block_n,
+                num_warps=1,
+            )
+        return sums
+
+    def row_stage(
+        self,
+        group: Group,
+        part: slice,
+        sums: Sums,
+        surrogate: str,
+        *,
+        first_program: int = 0,
+        losses: Tensor | None = None,
+        stats: Tensor | None = None,
+        gathered: Tensor | None = None,
+        dlogprobs: Tensor | None = None,
+    ) -> Prepared:
+        """Scores (``"score"``), or coefficients: of a token-level surrogate, or ``"given"`` by `dlogprobs`."""
+        task, rows, spec, nothing = self.task, self.rows, self.task.spec, self.placeholder
+        x = task.projection
+        prepared = Prepared(
+            *(self.new(self.chunk_rows, torch.int32 if name == "keep" else torch.float32) for name in Prepared._fields)
+        )
+
+        def or_nothing(values: Tensor | None) -> Tensor:
+            return nothing if values is None else values
+
+        policy_row_kernel[(triton.cdiv(self.chunk_rows, ROW_BLOCK),)](
+            group.z,
+            *sums,
+            group.rows.order,
+            group.rows.inverse_temperature,
+            group.rows.n_active,
+            rows.advantages,
+            rows.loss_weights,
+            or_nothing(rows.anchor),
+            or_nothing(rows.ref_logprobs),
+            or_nothing(rows.token_weights),
+            or_nothing(rows.topk_ids),
+            or_nothing(rows.rollout_topk_logprobs),
+            or_nothing(rows.topk_valid),
+            self.entropy_weight,
+            or_nothing(dlogprobs),
+            self.result.logprobs,
+            or_nothing(self.result.entropy),
+            or_nothing(gathered),
+            *prepared,
+            or_nothing(losses),
+            or_nothing(stats),
+            part.start,
+            first_program,
+            self.chunk_rows,
+            group.z.shape[1],
+            x.logit_scale,
+            x.softcap or 1.0,
+            spec.epsilon_low,
+            spec.epsilon_high,
+            spec.ratio_cap or 0.0,
+            spec.sapo_temperature_pos,
+            spec.sapo_temperature_neg,
+            spec.beta,
+            SURROGATE=surrogate,
+            DIVERGENCE=spec.divergence or "",
+            N_STATS=0 if stats is None else stats.shape[1],
+            HAS_CAP=spec.ratio_cap is not None,
+            HAS_ANCHOR=rows.anchor is not None,
+            HAS_REF=rows.ref_logprobs is not None,
+            KL=spec.beta != 0,
+            KL_WEIGHTED=spec.kl_ratio_weighted,
+            HAS_TOKEN_WEIGHTS=rows.token_weights is not None,
+            HAS_VALID=rows.topk_valid is not None,
+            HAS_SOFTCAP=x.softcap is not None,
+            ENTROPY=self.with_dot,
+            ENTROPY_GRADIENT=task.entropy_weight is not None,
+            BLOCK_N=ROW_BLOCK,
+            num_warps=1,
+        )
+        return prepared
+
+    def gradients(self, group: Group, part: slice, e: Tensor, sums: Sums, prepared: Prepared) -> None:
+        """The gradient GEMMs of a chunk, over the rows whose coefficient is not 0."""
+        x, plan, rows = self.task.projection, self.plan, group.rows
+        dhidden, dweight, dbias = self.result.gradients
+        size = self.chunk_rows
+        if self.task.entropy_weight is not None:
+            entropy_gradient_kernel[(triton.cdiv(size, ROW_BLOCK), triton.cdiv(self.cols, 128))](
+                e,
+                sums.anchor,
+                prepared.on_probs,
+                prepared.on_logprobs,
+                prepared.offset,
+                rows.inverse_temperature,
+                rows.n_active,
+                part.start,
+                size,
+                x.softcap or 1.0,
+                HAS_SOFTCAP=x.softcap is not None,
+                COLS=self.cols,
+                BLOCK_N=ROW_BLOCK,
+                BLOCK_V=128,
+            )
+        source, count = fill_holes(prepared.keep)
+        move_rows_kernel[(size, triton.cdiv(self.cols, COPY_BLOCK))](e, source, count, COLS=self.cols, BLOCK_V=COPY_BLOCK)
+        scaled, factor = self.new((size, self.width), self.stored), self.new(size)
+        block_h = min(COPY_BLOCK, triton.next_power_of_2(self.width))
+        by_row = (size, triton.cdiv(self.width, block_h))
+        scale_rows_kernel[by_row](
+            rows.hidden,
+            e,
+            group.ids,
+            prepared.factor,
+            prepared.at_target,
+            source,
+            count,
+            scaled,
+            factor,
+            part.start,
+            self.width,
+            COLS=self.cols,
+            UPCAST=INTERPRET,
+            BLOCK_H=block_h,
+        )
+        common = {"FIRST": False, "LAST": False, "COLS": self.cols, **self.tile, **self.launch}
+        blocks = {"BLOCK_M": plan.gemm_m, "BLOCK_H": plan.gemm_h, "BLOCK_K": plan.gemm_k}
+        sizes = (count, 0, 0, size, size, self.vocab, self.width)
+        if dhidden is not None:
+            dh = torch.zeros((size, self.width), dtype=torch.float32, device=self.device)
+            accumulate_gemm_kernel[(triton.cdiv(size, plan.gemm_m), triton.cdiv(self.width, plan.gemm_h))](
+                operand(e, (plan.gemm_m, plan.gemm_k), self.described),
+                operand(self.weight, (plan.gemm_k, plan.gemm_h), self.described),
+                dh,
+                dh,
+                *sizes,
+                *self.weight.stride(),
+                0,
+                0,
+                TRANSPOSED=False,
+                **common,
+                **blocks,
+            )
+            scatter_rows_kernel[by_row](dh, factor, source, rows.order, count, dhidden, part.start, self.width, BLOCK_H=block_h)
+        if dweight is not None:
+            accumulate_gemm_kernel[(triton.cdiv(self.vocab, plan.gemm_m), triton.cdiv(self.width, plan.gemm_h))](
+                operand(e, (plan.gemm_k, plan.gemm_m), self.described),
+                operand(scaled, (plan.gemm_k, plan.gemm_h), self.described),
+                dweight,
+                dweight,
+                *sizes,
+                *scaled.stride(),
+                0,
+                0,
+                TRANSPOSED=True,
+                **common,
+                **blocks,
+            )
+        if dbias is not None:
+            column_sums_kernel[(triton.cdiv(self.vocab, 64),)](
+                e, factor, dbias, count, 0, 0, size, self.vocab, WEIGHTED=True, COLS=self.cols, BLOCK_N=32, BLOCK_V=64
+            )
+
+
+def fill_holes(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """(source [n], count [1]): rows 0 .. count of the compacted order are ``source``; all on the device.
+
+    Rows that are kept stay where they are if that is before `count`; the others fill the holes there, first to first.
+    """
+    count = keep.sum(dtype=torch.int32)
+    place = torch.arange(keep.shape[0], device=keep.device)
+    before = place < count
+    holes, movers = (keep == 0) & before, (keep != 0) & ~before
+    hole_order, mover_order = (torch.sort(x.to(torch.int8), descending=True, stable=True).indices for x in (holes, movers))
+    paired = place < holes.sum()
+    return torch.empty_like(place).scatter_(0, hole_order, torch.where(paired, mover_order, hole_order)), count.reshape(1)
