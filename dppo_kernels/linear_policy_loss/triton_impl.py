@@ -1,9 +1,9 @@
 """The fused policy loss on Triton kernels: launches, in the order of `torch_impl`, with all counts on the device.
 
 Token-level ratios: active rows are compacted once; chunk by chunk they are projected, the row kernel finds the coefficients,
-and the gradient GEMMs follow. Sequence-level ratios: groups of whole sequences are projected first; coefficients come from the row
-stage in torch; chunks that no longer have a slot are projected again. The host launches for as many chunks as there could be;
-kernels of a chunk without rows return at once.
+and the gradient GEMMs follow. Sequence-level ratios: groups of whole sequences are projected first; coefficients come from the
+row stage in torch; chunks that no longer have a slot are projected again. The host launches for as many chunks as there could
+be; kernels of a chunk without rows return at once.
 """
 
 from typing import Any, NamedTuple
