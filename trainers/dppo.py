@@ -1,5 +1,6 @@
 """DPPO: GRPO's rollouts and rewards with a trust region on policy divergence (arXiv 2602.04879)."""
 
+import functools
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -41,6 +42,7 @@ _METRICS = {
     # |pi - mu| on unchanged weights: the mismatch between the engine that samples and the one that trains.
     "engine_mismatch/prob_gap_mean": ("fresh_prob_gap", "mean"),
     "engine_mismatch/prob_gap_max": ("fresh_prob_gap", "max"),
+    "unscored": ("unscored", "mean"),
 }
 
 
@@ -54,6 +56,10 @@ class DPPOConfig(GRPOConfig):
         clip_ratio_c: cap C of the ratio that weights the gradient. None = no cap.
         epsilon: threshold where the advantage is negative. None = the divergence's default (TV .15, KL .05).
         epsilon_high: threshold where the advantage is positive. None = `epsilon`.
+        fused_loss: compute the loss and its gradient in the forward (`linear_policy_loss`). None = unless `top_entropy_quantile`
+            needs the entropy of all tokens first.
+        score_inactive: score tokens without an advantage too, so that metrics cover every completion token; costs their
+            projection, changes no gradient. The share that is not scored is logged as "unscored".
         disable_dropout: must stay True where the model has dropout: it would make rollout and training policies differ.
         vllm_importance_sampling_correction: must stay False: DPPO's ratio to the rollout policy already is that correction.
 
@@ -66,6 +72,8 @@ class DPPOConfig(GRPOConfig):
     clip_ratio_c: float | None = field(default=20.0, metadata={"help": "Cap of the ratio that weights the gradient."})
     epsilon: float | None = field(default=None, metadata={"help": "Threshold where A < 0 (default: TV .15, KL .05)."})
     epsilon_high: float | None = field(default=None, metadata={"help": "Threshold where A > 0 (default: epsilon)."})
+    fused_loss: bool | None = field(default=None, metadata={"help": "Gradient in the forward (default: where possible)."})
+    score_inactive: bool = field(default=False, metadata={"help": "Score tokens without an advantage, for metrics."})
     disable_dropout: bool = field(default=True, metadata={"help": "Disable dropout in the model."})
     vllm_importance_sampling_correction: bool = field(default=False, metadata={"help": "Must stay False."})
 
@@ -82,6 +90,8 @@ class DPPOConfig(GRPOConfig):
                 raise ValueError(f"`{name}`={getattr(self, name)!r} would be ignored by DPPO: leave it at {stock[name]!r}")
         if self.top_entropy_quantile < 1.0 and self.entropy_coef:
             raise ValueError("`top_entropy_quantile` < 1 together with `entropy_coef` is not supported")
+        if self.top_entropy_quantile < 1.0 and self.fused_loss:
+            raise ValueError("`top_entropy_quantile` < 1 needs all entropies before the loss: leave `fused_loss` at None")
         if self.vllm_importance_sampling_correction:
             raise ValueError("`vllm_importance_sampling_correction` would correct twice: DPPO's ratio is to the rollout policy")
         if self.use_vllm:
@@ -209,7 +219,8 @@ class DPPOTrainer(StatLoggingMixin, ExactResumeMixin, RolloutCaptureMixin, GRPOT
         completion_ids, mask = inputs["completion_ids"], inputs["completion_mask"].bool()
         if "tool_mask" in inputs:
             mask = mask & inputs["tool_mask"].bool()
-        scores = self._score(
+        score = functools.partial(
+            self._score,
             model,
             torch.cat([inputs["prompt_ids"], completion_ids], dim=1),
             torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
@@ -222,24 +233,26 @@ class DPPOTrainer(StatLoggingMixin, ExactResumeMixin, RolloutCaptureMixin, GRPOT
         accumulation = self.current_gradient_accumulation_steps if self.model.training else 1
         if self.model.training:
             denominator = denominator * accumulation / self.args.steps_per_generation
-        weights = None
-        if self.top_entropy_quantile < 1.0:
-            weights = self.get_high_entropy_mask(scores.entropy, mask, 1 - self.top_entropy_quantile).float()
-        loss, stats = policy_loss(
-            scores.logprobs,
-            inputs["sampling_per_token_logps"],
-            inputs["advantages"],
-            mask,
-            spec=self.spec,
-            entropy=scores.entropy,
-            ref_logprobs=inputs.get("ref_per_token_logps"),
-            topk_logprobs=scores.gathered,
-            rollout_topk_logprobs=inputs.get("rollout_topk_logprobs"),
-            topk_valid=inputs.get("rollout_topk_valid"),
-            token_weights=weights,
-            denominator=denominator,
-            entropy_denominator=mask.sum().clamp(min=1) * accumulation,
-        )
+        arguments = {
+            "anchor_logprobs": inputs["sampling_per_token_logps"],
+            "advantages": inputs["advantages"],
+            "loss_mask": mask,
+            "spec": self.spec,
+            "ref_logprobs": inputs.get("ref_per_token_logps"),
+            "rollout_topk_logprobs": inputs.get("rollout_topk_logprobs"),
+            "topk_valid": inputs.get("rollout_topk_valid"),
+            "denominator": denominator,
+            "entropy_denominator": mask.sum().clamp(min=1) * accumulation,
+        }
+        if self.args.fused_loss is not False and self.top_entropy_quantile == 1.0:
+            scores = score(policy_loss={**arguments, "with_entropy": True, "score_inactive": self.args.score_inactive})
+            loss, stats = scores.loss, scores.stats
+        else:
+            scores = score()
+            if self.top_entropy_quantile < 1.0:
+                chosen = self.get_high_entropy_mask(scores.entropy, mask, 1 - self.top_entropy_quantile)
+                arguments["token_weights"] = chosen.float()
+            loss, stats = policy_loss(scores.logprobs, entropy=scores.entropy, topk_logprobs=scores.gathered, **arguments)
         if scores.aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * scores.aux_loss / accumulation
             aux_loss = scores.aux_loss.detach()

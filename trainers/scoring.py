@@ -1,4 +1,4 @@
-"""Scoring inside the model's forward: ``model(..., scored_ids=...)`` returns log-probs instead of logits.
+"""Scoring inside the model's forward: ``model(..., scored_ids=...)`` returns log-probs, or a policy loss, instead of logits.
 
 The head is applied inside the (possibly wrapped) forward, so that DDP sees every parameter used and autocast applies. Calls
 without `scored_ids` (generation, TRL's own scoring) run the forward that was there before.
@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from dppo_kernels import linear_logprobs
+from dppo_kernels import Stat, linear_logprobs, linear_policy_loss
 from dppo_kernels.trainers._trl_seam import load_balancing_loss_func
 
 IGNORE_INDEX = -100
@@ -24,11 +24,13 @@ IGNORE_INDEX = -100
 
 @dataclass
 class ScoredOutput(ModelOutput):
-    """Per-token statistics of the scored positions."""
+    """Per-token statistics of the scored positions, and a policy loss of them."""
 
-    logprobs: Tensor | None = None  # [B, T]; 0 where ignored
+    logprobs: Tensor | None = None  # [B, T]; 0 where ignored or not scored; detached where there is a loss
     entropy: Tensor | None = None  # [B, T]
     gathered: Tensor | None = None  # [B, T, K]
+    loss: Tensor | None = None  # scalar
+    stats: dict[str, Stat] | None = None
     aux_loss: Tensor | None = None  # scalar, mixture-of-experts load balancing
 
 
@@ -47,7 +49,7 @@ def logit_transform(config: PretrainedConfig) -> tuple[float | None, float]:
 
 
 def install_scoring(model: PreTrainedModel, *, temperature: float, cast_lm_head_to_fp32: bool = False) -> None:
-    """Teach ``model.forward`` (a causal LM, without PEFT or DDP wrapper) the keywords `scored_ids` and `scored_gather_ids`.
+    """Teach ``model.forward`` (a causal LM, without PEFT or DDP wrapper) to score ids instead of returning logits.
 
     Args:
         model: patched in place.
@@ -55,7 +57,8 @@ def install_scoring(model: PreTrainedModel, *, temperature: float, cast_lm_head_
         cast_lm_head_to_fp32: run the head in float32, outside autocast.
 
     The patched forward scores the last T positions of its input. `scored_ids` [B, T] are the ids at those positions (-100 =
-    ignore); `scored_gather_ids` [B, T, K] are further ids to score there (negative = padding).
+    ignore); `scored_gather_ids` [B, T, K] are further ids to score there (negative = padding). With `policy_loss`, keyword
+    arguments of `linear_policy_loss`, it returns that loss of the scored ids, its gradient computed on the way.
     """
     previous_forward = model.forward
     softcap, logit_scale = logit_transform(model.config)
@@ -68,6 +71,7 @@ def install_scoring(model: PreTrainedModel, *, temperature: float, cast_lm_head_
         *args: Any,
         scored_ids: Tensor | None = None,
         scored_gather_ids: Tensor | None = None,
+        policy_loss: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
         if scored_ids is None:
@@ -81,23 +85,34 @@ def install_scoring(model: PreTrainedModel, *, temperature: float, cast_lm_head_
         precision: Any = nullcontext()
         if cast_lm_head_to_fp32:
             hidden, precision = hidden.float(), torch.autocast(hidden.device.type, enabled=False)
+        transform = {"bias": head.bias, "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
+        output = ScoredOutput()
         with precision:
-            scores = linear_logprobs(
-                hidden,
-                head.weight,
-                scored_ids,
-                bias=head.bias,
-                gather_ids=scored_gather_ids,
-                temperature=temperature,
-                logit_scale=logit_scale,
-                softcap=softcap,
-                ignore_index=IGNORE_INDEX,
-                outputs=("logprobs", "entropy"),
-            )
-        aux_loss = None
+            if policy_loss is None:
+                scores = linear_logprobs(
+                    hidden,
+                    head.weight,
+                    scored_ids,
+                    gather_ids=scored_gather_ids,
+                    ignore_index=IGNORE_INDEX,
+                    outputs=("logprobs", "entropy"),
+                    **transform,
+                )
+                output.logprobs, output.entropy, output.gathered = scores.logprobs, scores.entropy, scores.gathered
+            else:
+                output.loss, output.stats, aux = linear_policy_loss(
+                    hidden,
+                    head.weight,
+                    scored_ids,
+                    rollout_topk_ids=scored_gather_ids,
+                    return_aux=True,
+                    **policy_loss,
+                    **transform,
+                )
+                output.logprobs, output.entropy = aux.logprobs, aux.entropy
         if kwargs.get("output_router_logits"):
-            aux_loss = _load_balancing_loss(self.config, backbone.router_logits, kwargs.get("attention_mask"))
-        return ScoredOutput(logprobs=scores.logprobs, entropy=scores.entropy, gathered=scores.gathered, aux_loss=aux_loss)
+            output.aux_loss = _load_balancing_loss(self.config, backbone.router_logits, kwargs.get("attention_mask"))
+        return output
 
     model.forward = types.MethodType(forward, model)
 
