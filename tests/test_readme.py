@@ -27,8 +27,7 @@ def test_the_plain_pytorch_example_runs(capsys) -> None:
     assert scope["loss"].item() == pytest.approx(expected.item(), abs=1e-4)
 
 
-def test_the_trainer_example_runs(tmp_path, monkeypatch) -> None:
-    """As printed, with a model built here instead of the hub's, on the CPU, for two steps."""
+def _with_a_model_built_here(block: str, tmp_path: Path) -> str:
     pytest.importorskip("trl", reason="the trl extra is not installed")
     from transformers import Qwen3ForCausalLM
 
@@ -37,15 +36,19 @@ def test_the_trainer_example_runs(tmp_path, monkeypatch) -> None:
     tokenizer = conftest.tokenizer.__wrapped__()
     Qwen3ForCausalLM(conftest.small_config(len(tokenizer))).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    block = BLOCKS[1]
-    for old, new in (
-        ('"Qwen/Qwen3-0.6B"', f'"{tmp_path / "model"}"'),
-        ('output_dir="outputs/dppo"', f'output_dir="{tmp_path / "out"}", use_cpu=True, bf16=False, max_steps=2, report_to=[]'),
+    for pattern, new in (
+        (r'"Qwen/Qwen3-0\.6B"', f'"{tmp_path / "model"}"'),
+        (r'output_dir="outputs/\w+"', f'output_dir="{tmp_path / "out"}", use_cpu=True, bf16=False, max_steps=2, report_to=[]'),
     ):
-        assert block.count(old) == 1
-        block = block.replace(old, new)
+        block, count = re.subn(pattern, new, block)
+        assert count == 1
+    return block
+
+
+def test_the_trainer_example_runs(tmp_path) -> None:
+    """As printed, with a model built here instead of the hub's, on the CPU, for two steps."""
     scope: dict = {}
-    exec(block, scope)
+    exec(_with_a_model_built_here(BLOCKS[1], tmp_path), scope)
     history = scope["trainer"].state.log_history
     assert scope["trainer"].state.global_step == 2
     logged = set().union(*history)
@@ -56,6 +59,16 @@ def test_the_trainer_example_runs(tmp_path, monkeypatch) -> None:
         stem, _, rest = pattern.partition("{")
         suffixes = rest.rstrip("}").split(",") if rest else [""]
         assert {stem + suffix for suffix in suffixes} <= logged, pattern
+
+
+def test_the_accelerated_example_runs(tmp_path, monkeypatch) -> None:
+    block = _with_a_model_built_here(BLOCKS[2], tmp_path)
+    from dppo_kernels.trainers.accelerate import LinearLogprobFunction
+
+    forward, calls = LinearLogprobFunction.forward, []
+    monkeypatch.setattr(LinearLogprobFunction, "forward", staticmethod(lambda *args: calls.append(args) or forward(*args)))
+    exec(block, {})
+    assert len(calls) == 2
 
 
 def test_names_and_files_it_mentions_exist() -> None:

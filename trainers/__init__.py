@@ -3,11 +3,12 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dppo_kernels.trainers.accelerate import accelerate_trl
     from dppo_kernels.trainers.dppo import DPPOConfig, DPPOTrainer
 
-__all__ = ["DPPOConfig", "DPPOTrainer"]
+__all__ = ["DPPOConfig", "DPPOTrainer", "accelerate_trl"]
 
-_MODULES = {"DPPOConfig": "dppo", "DPPOTrainer": "dppo"}
+_MODULES = {"DPPOConfig": "dppo", "DPPOTrainer": "dppo", "accelerate_trl": "accelerate"}
 
 
 def __getattr__(name: str) -> Any:

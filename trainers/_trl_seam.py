@@ -4,6 +4,7 @@ TRL's trainers are extended by overriding private methods; a rename upstream mus
 """
 
 import importlib.metadata
+import inspect
 
 # Major and minor: at least the first, below the second.
 SUPPORTED = {"trl": ((1, 16), (1, 17)), "transformers": ((5, 16), (5, 24))}
@@ -42,6 +43,24 @@ GRPO_TRAINER_ATTRIBUTES = (
     "top_entropy_quantile",
 )
 
+# Looked up by the forward of every fused lm_head on each call: replacing them reaches trainers that exist already.
+SCORING_FUNCTION = "_ChunkedLogProbFunction"
+SCORES_LABELS_ONLY = "_use_triton"  # of a device: whether the forward drops ignored positions before it scores
+GATHER_HEAD = "maybe_gather_lm_head_ctx"  # of weight and bias: holds ZeRO-3's partitions together while it is open
+
+SCORING_ARGUMENTS = (
+    "ctx",
+    "hidden",
+    "weight",
+    "bias",
+    "targets",
+    "temperature",
+    "chunk_size",
+    "final_logit_softcapping",
+    "logit_scale",
+    "outputs",
+)
+
 
 def supported_range(package: str) -> str:
     low, high = SUPPORTED[package]
@@ -69,6 +88,7 @@ check_versions()
 # After the check, so that its message comes first. All of transformers' mixtures of experts take their loss from Mixtral.
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
+from trl.trainer import utils as trainer_utils  # noqa: E402
 from trl.trainer.utils import RepeatSampler  # noqa: E402
 
 _missing = [name for name in GRPO_TRAINER_METHODS if not hasattr(GRPOTrainer, name)]
@@ -83,13 +103,32 @@ def check_attributes(trainer: GRPOTrainer) -> None:
         raise ImportError(f"GRPOTrainer of trl {importlib.metadata.version('trl')} sets no {', '.join(missing)}")
 
 
+def check_scoring() -> None:
+    """Raise ImportError unless the functions that TRL scores with are there and called as this package expects."""
+    found = f"trl {importlib.metadata.version('trl')}"
+    missing = [name for name in (SCORING_FUNCTION, SCORES_LABELS_ONLY, GATHER_HEAD) if not hasattr(trainer_utils, name)]
+    if missing:
+        raise ImportError(f"{found} lacks trl.trainer.utils.{', trl.trainer.utils.'.join(missing)}")
+    arguments = tuple(inspect.signature(getattr(trainer_utils, SCORING_FUNCTION).forward).parameters)
+    if arguments != SCORING_ARGUMENTS:
+        raise ImportError(
+            f"trl.trainer.utils.{SCORING_FUNCTION} of {found} takes ({', '.join(arguments)}); "
+            f"expected ({', '.join(SCORING_ARGUMENTS)})"
+        )
+
+
 __all__ = [
+    "GATHER_HEAD",
+    "SCORES_LABELS_ONLY",
+    "SCORING_FUNCTION",
     "SUPPORTED",
     "GRPOConfig",
     "GRPOTrainer",
     "RepeatSampler",
     "check_attributes",
+    "check_scoring",
     "check_versions",
     "load_balancing_loss_func",
     "supported_range",
+    "trainer_utils",
 ]

@@ -1,8 +1,11 @@
-"""The ``dppo`` command: ``dppo doctor`` says what this installation can do, ``dppo demo`` trains with DPPO on this machine."""
+"""The ``dppo`` command: ``dppo doctor`` says what this installation can do, ``dppo demo`` trains with DPPO on this machine,
+``dppo accelerate train.py`` runs a training script with TRL's trainers on our kernels."""
 
 import argparse
 import importlib.metadata
+import os
 import platform
+import runpy
 import sys
 from collections.abc import Sequence
 
@@ -20,13 +23,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("doctor", help="print versions, devices, and why each backend is or is not available")
     demo = commands.add_parser("demo", help="GRPO against DPPO on arithmetic, offline, on this machine", add_help=False)
     demo.add_argument("rest", nargs=argparse.REMAINDER)
+    accelerate = commands.add_parser(
+        "accelerate",
+        help="run a training script with TRL's trainers scoring through our kernels",
+        description="Run a script as `python` would, after accelerate_trl(): GRPO, RLOO, SFT, DPO and KTO of TRL score through "
+        "the kernels of linear_logprobs. On several devices: "
+        "accelerate launch -m dppo_kernels.trainers.cli accelerate train.py ...",
+    )
+    accelerate.add_argument("-m", "--module", action="store_true", help="SCRIPT is a module, as in `python -m`")
+    accelerate.add_argument("script", help="path of a Python file (with -m: a module, for example trl.scripts.sft)")
+    accelerate.add_argument("arguments", nargs=argparse.REMAINDER, help="passed to the script")
     parsed, extra = parser.parse_known_args(arguments)
+    if parsed.command == "demo":
+        return _demo([*extra, *parsed.rest])
+    if extra:
+        parser.error(f"unrecognized arguments: {' '.join(extra)}")
     if parsed.command == "doctor":
-        if extra:
-            parser.error(f"unrecognized arguments: {' '.join(extra)}")
         print(doctor())
         return 0
-    return _demo([*extra, *parsed.rest])
+    if not parsed.module and not os.path.exists(parsed.script):
+        accelerate.error(f"no such file: {parsed.script} (a module needs -m)")
+    _accelerate(parsed.script, parsed.arguments, parsed.module)
+    return 0
 
 
 def doctor() -> str:
@@ -81,6 +99,19 @@ def _demo(arguments: list[str]) -> int:
         parser.error(str(reason))
     run_demo(config)
     return 0
+
+
+def _accelerate(script: str, arguments: list[str], is_module: bool) -> None:
+    from dppo_kernels.trainers import accelerate_trl
+
+    # What `python` sets up: the script's own arguments, and imports from where it lies.
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, os.getcwd() if is_module else os.path.dirname(os.path.abspath(script)))
+    with accelerate_trl():
+        if is_module:
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(script, run_name="__main__")
 
 
 if __name__ == "__main__":
