@@ -56,8 +56,8 @@ class DPPOConfig(GRPOConfig):
         clip_ratio_c: cap C of the ratio that weights the gradient. None = no cap.
         epsilon: threshold where the advantage is negative. None = the divergence's default (TV .15, KL .05).
         epsilon_high: threshold where the advantage is positive. None = `epsilon`.
-        fused_loss: compute the loss and its gradient in the forward (`linear_policy_loss`). None = unless `top_entropy_quantile`
-            needs the entropy of all tokens first.
+        fused_loss: compute the loss and its gradient in the forward (`linear_policy_loss`). None = unless
+            `top_entropy_quantile` needs the entropy of all tokens first.
         score_inactive: score tokens without an advantage too, so that metrics cover every completion token; costs their
             projection, changes no gradient. The share that is not scored is logged as "unscored".
         disable_dropout: must stay True where the model has dropout: it would make rollout and training policies differ.

@@ -116,7 +116,9 @@ def test_metrics_are_exact_over_micro_batches_and_logging_windows(make_trainer) 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
 def test_unchanged_weights_have_zero_divergence(make_trainer, kind: str) -> None:
-    trainer = make_trainer(divergence_type=kind, num_iterations=1, steps_per_generation=1, max_steps=2, temperature=0.7)
+    trainer = make_trainer(
+        divergence_type=kind, num_iterations=1, steps_per_generation=1, max_steps=2, temperature=0.7, score_inactive=True
+    )  # fmt: skip
     trainer.train()
     assert max(history(trainer, "divergence/max")) <= 1e-5
     assert history(trainer, "masked/all") == [0, 0]
@@ -156,7 +158,7 @@ def test_six_steps_equal_stock_trl(make_trainer, make_config, model, tokenizer, 
         "steps_per_generation": per_generation,
         "max_steps": 6,
     }
-    ours = make_trainer(divergence_type="binary_tv", **shared)
+    ours = make_trainer(divergence_type="binary_tv", score_inactive=True, **shared)
     ours.train()
     if accumulation < 2 * per_generation:  # else every rollout serves one optimiser step, and nothing can be off-policy
         assert max(history(ours, "masked/all")) > 0
