@@ -24,8 +24,13 @@ from dppo_kernels.trainers.dppo import DPPOConfig, DPPOTrainer
 # Name -> (trainer, config, settings of the method). Everything else is shared.
 METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "GRPO clip": (GRPOTrainer, GRPOConfig, {"loss_type": "dapo", "epsilon": 0.2, "epsilon_high": 0.28}),
-    "DPPO binary-TV": (DPPOTrainer, DPPOConfig, {"divergence_type": "binary_tv"}),
-    "DPPO top-K-TV": (DPPOTrainer, DPPOConfig, {"divergence_type": "topk_tv", "divergence_topk": 4}),
+    # Tokens without an advantage are scored too: the entropy that is plotted is that of all tokens, as GRPO's is.
+    "DPPO binary-TV": (DPPOTrainer, DPPOConfig, {"divergence_type": "binary_tv", "score_inactive": True}),
+    "DPPO top-K-TV": (
+        DPPOTrainer,
+        DPPOConfig,
+        {"divergence_type": "topk_tv", "divergence_topk": 4, "score_inactive": True},
+    ),
 }
 
 
