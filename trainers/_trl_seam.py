@@ -27,20 +27,32 @@ GRPO_TRAINER_METHODS = (
 # `current_gradient_accumulation_steps` exist only while it trains).
 GRPO_TRAINER_ATTRIBUTES = (
     "_buffered_inputs",
+    "_entropy_bonus_enabled",
     "_is_vlm",
     "_metrics",
     "_step",
     "aux_loss_enabled",
     "beta",
+    "entropy_coef",
+    "epsilon_high",
+    "epsilon_low",
     "generation_config",
+    "importance_sampling_level",
+    "loss_type",
+    "max_completion_length",
     "model_wrapped",
     "num_generations",
     "num_iterations",
+    "off_policy_mask_threshold",
     "ref_model",
     "rollout_func",
+    "router_aux_loss_coef",
     "temperature",
     "tools",
     "top_entropy_quantile",
+    "use_adaptive_entropy",
+    "use_vllm",
+    "vllm_importance_sampling_correction",
 )
 
 # Looked up by the forward of every fused lm_head on each call: replacing them reaches trainers that exist already.

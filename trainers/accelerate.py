@@ -1,7 +1,7 @@
 """`accelerate_trl`: TRL's own trainers, scoring through the ops of `linear_logprobs`.
 
 The forward that TRL gives a model with a fused lm_head looks up the function it scores with on every call; that function is
-replaced, by one with the same arguments and results. TRL's forward stays TRL's.
+replaced, by one with the same arguments and results. TRL's forward stays TRL's. GRPOTrainer's loss is replaced as well.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dppo_kernels import _backend
 from dppo_kernels._numerics import autocast_dtype
-from dppo_kernels.trainers import _trl_seam
+from dppo_kernels.trainers import _trl_seam, accelerate_grpo
 
 IGNORE_INDEX = -100
 
@@ -98,7 +98,8 @@ def accelerate_trl() -> Acceleration:
 
     GRPO, RLOO, SFT, DPO and KTO, trainers that exist already included. Results are TRL's up to rounding: under bfloat16 and
     float16, TRL rounds logits to that dtype and the kernels keep them in float32. Positions without a label are not scored on
-    CPU either, where TRL scores every position.
+    CPU either, where TRL scores every position. GRPOTrainer trains through `linear_policy_loss` where its settings allow it;
+    `fused_loss_obstacle` says why not where they do not.
 
     Returns:
         A handle: ``with accelerate_trl(): ...`` undoes it at the end of the block, ``.undo()`` at any time. Calls may be nested
@@ -125,6 +126,7 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         (utils, _trl_seam.SCORING_FUNCTION, LinearLogprobFunction),
         # Off CUDA, TRL keeps shapes static for devices that would recompile (Neuron); a CPU does not.
         (utils, _trl_seam.SCORES_LABELS_ONLY, lambda device: device.type == "cpu" or scores_labels_only(device)),
+        (_trl_seam.GRPOTrainer, "_compute_loss", accelerate_grpo.fused(_trl_seam.GRPOTrainer._compute_loss)),
     ]
 
 
@@ -132,3 +134,4 @@ def _restore() -> None:
     while _replaced:
         owner, name, original = _replaced.pop()
         setattr(owner, name, original)
+    accelerate_grpo.uninstall()

@@ -48,13 +48,16 @@ def logit_transform(config: PretrainedConfig) -> tuple[float | None, float]:
     return softcap, float(scaling if text.model_type == "hyperclovax" else 1 / scaling)
 
 
-def install_scoring(model: PreTrainedModel, *, temperature: float, cast_lm_head_to_fp32: bool = False) -> None:
+def install_scoring(
+    model: PreTrainedModel, *, temperature: float, cast_lm_head_to_fp32: bool = False, derive_positions: bool = True
+) -> None:
     """Teach ``model.forward`` (a causal LM, without PEFT or DDP wrapper) to score ids instead of returning logits.
 
     Args:
         model: patched in place.
         temperature: divides the logits, as in the rollout.
         cast_lm_head_to_fp32: run the head in float32, outside autocast.
+        derive_positions: pass the position ids that generate() uses on left-padded rows, where the caller passes none.
 
     The patched forward scores the last T positions of its input. `scored_ids` [B, T] are the ids at those positions (-100 =
     ignore); `scored_gather_ids` [B, T, K] are further ids to score there (negative = padding). With `policy_loss`, keyword
@@ -62,7 +65,7 @@ def install_scoring(model: PreTrainedModel, *, temperature: float, cast_lm_head_
     """
     previous_forward = model.forward
     softcap, logit_scale = logit_transform(model.config)
-    accepts_positions = "position_ids" in inspect.signature(type(model).forward).parameters
+    derive_positions = derive_positions and "position_ids" in inspect.signature(type(model).forward).parameters
 
     # generate() validates its keywords against the class's signature, which `wraps` preserves.
     @functools.wraps(type(model).forward)
@@ -76,8 +79,7 @@ def install_scoring(model: PreTrainedModel, *, temperature: float, cast_lm_head_
     ) -> Any:
         if scored_ids is None:
             return previous_forward(*args, **kwargs)
-        if accepts_positions and "position_ids" not in kwargs:
-            # What generate() uses on left-padded rows; models with absolute positions are wrong without it.
+        if derive_positions and "position_ids" not in kwargs:  # models with absolute positions are wrong without it
             kwargs["position_ids"] = (kwargs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         backbone = self.base_model(*args, **kwargs, use_cache=False)
         head = self.get_output_embeddings()

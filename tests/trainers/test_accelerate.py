@@ -18,8 +18,9 @@ from trl.kernels import ChunkedLogProbFunction
 from trl.trainer import utils as trl_utils
 
 import dppo_kernels.trainers
-from dppo_kernels.trainers import _trl_seam, accelerate_trl
+from dppo_kernels.trainers import _trl_seam, accelerate_trl, scoring
 from dppo_kernels.trainers.accelerate import LinearLogprobFunction
+from dppo_kernels.trainers.accelerate_grpo import fused_loss_obstacle
 from tests.trainers.conftest import reward_length, small_config, weights
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -36,11 +37,28 @@ CASES: dict[str, tuple[str, Dataset, dict[str, Any]]] = {
     "grpo": ("GRPO", TEXTS, ONLINE),
     "grpo accumulation": ("GRPO", TEXTS, {**ONLINE, "gradient_accumulation_steps": 2, "cast_lm_head_to_fp32": True}),
     "grpo lora": ("GRPO", TEXTS, {**ONLINE, "learning_rate": 0.1, "peft_config": LoraConfig(r=4, target_modules="all-linear")}),
+    **{
+        f"grpo {kind}": ("GRPO", TEXTS, {**ONLINE, "loss_type": kind, "learning_rate": 2e-2, **changes})
+        for kind, changes in {
+            "grpo": {"delta": 1.3, "gradient_accumulation_steps": 2},
+            "bnpo": {"entropy_coef": 0.05, "gradient_accumulation_steps": 2},
+            "dr_grpo": {"use_bias_correction_kl": True, "gradient_accumulation_steps": 2},
+            "cispo": {"epsilon_high": 1.05},
+            "sapo": {},
+            "luspo": {},
+        }.items()
+    },
+    "grpo sequence": ("GRPO", TEXTS, {**ONLINE, "importance_sampling_level": "sequence", "epsilon": 3e-4, "beta": 0.0}),
+    "grpo high entropy": ("GRPO", TEXTS, {**ONLINE, "top_entropy_quantile": 0.5}),
     "rloo": ("RLOO", TEXTS, ONLINE),
     "sft": ("SFT", TEXTS, {}),
     "dpo": ("DPO", PAIRS, {"learning_rate": 0.1, "use_weighting": True}),
     "kto": ("KTO", LABELLED, {"learning_rate": 0.1}),
 }
+
+
+# Not through the fused loss, and why.
+UNFUSED = {"grpo luspo": "loss_type 'luspo' is not fused", "grpo high entropy": "top_entropy_quantile needs all entropies"}
 
 
 class Calls:
@@ -49,6 +67,7 @@ class Calls:
     def __init__(self) -> None:
         self.ours: list[int] = []
         self.trls: list[int] = []
+        self.fused: list[int] = []
 
 
 @pytest.fixture
@@ -65,6 +84,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
         monkeypatch.setattr(function, "forward", staticmethod(counting))
 
+    fused = scoring.linear_policy_loss
+
+    def counting_fused(hidden: torch.Tensor, *rest: Any, loss_mask: torch.Tensor, **options: Any) -> Any:
+        counted.fused.append(int(loss_mask.sum()))
+        return fused(hidden, *rest, loss_mask=loss_mask, **options)
+
+    monkeypatch.setattr(scoring, "linear_policy_loss", counting_fused)
     count(LinearLogprobFunction, counted.ours)
     count(ChunkedLogProbFunction, counted.trls)
     return counted
@@ -132,8 +158,14 @@ def test_trls_trainers_train_the_same(case: str, build, calls: Calls) -> None:
     with accelerate_trl():
         accelerated.train()
     assert calls.trls == rows_by_trl
-    assert len(calls.ours) == len(rows_by_trl)
-    assert sum(calls.ours) < sum(rows_by_trl)  # on CPU, TRL scores prompts and padding too
+    assert len(calls.ours) + len(calls.fused) == len(rows_by_trl)
+    assert sum(calls.ours) + sum(calls.fused) < sum(rows_by_trl)  # on CPU, TRL scores prompts and padding too
+    micro_batches = 3 * accelerated.args.gradient_accumulation_steps
+    assert len(calls.fused) == (micro_batches if case.startswith("grpo") and case not in UNFUSED else 0)
+    if case.startswith("grpo"):
+        obstacle = fused_loss_obstacle(accelerated)
+        assert (obstacle is None) == (case not in UNFUSED)
+        assert (obstacle or "").startswith(UNFUSED.get(case, ""))
 
     assert [entry["step"] for entry in metrics(plain) if "loss" in entry] == [1, 2, 3]
     for ours, trls in zip(metrics(accelerated), metrics(plain), strict=True):
@@ -145,6 +177,20 @@ def test_trls_trainers_train_the_same(case: str, build, calls: Calls) -> None:
         torch.testing.assert_close(after[name], expected, rtol=0, atol=1e-3 * step + 1e-7, msg=name)
         largest = max(largest, step)
     assert largest > 5e-4
+
+
+@pytest.mark.parametrize("kind", ["grpo grpo", "grpo dr_grpo", "grpo cispo", "grpo"])
+def test_evaluation_is_the_same(kind: str, build, calls: Calls) -> None:
+    trainer = build(kind)
+    evaluated = []
+    for patch in (contextlib.nullcontext(), accelerate_trl()):
+        torch.manual_seed(0)
+        with patch:
+            found = trainer.evaluate(TEXTS.select(range(8)))
+        evaluated.append({k: v for k, v in found.items() if "time" not in k and "per_second" not in k})
+    assert evaluated[1] == pytest.approx(evaluated[0], rel=1e-4, abs=1e-5)
+    assert evaluated[0]["eval_entropy"] > 0
+    assert calls.fused
 
 
 @pytest.fixture

@@ -94,7 +94,8 @@ def test_a_checkpoint_of_stock_trl_resumes_with_a_warning(make_trainer, model, t
 
 def test_a_checkpoint_with_other_settings_drops_its_rollouts(make_trainer, model, tmp_path, caplog) -> None:
     start = {name: p.clone() for name, p in model.state_dict().items()}
-    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "num_iterations": 4}  # one rollout serves 8 steps
+    # One rollout serves 8 steps; every token is scored, so that every step has a divergence.
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "num_iterations": 4, "score_inactive": True}
     run(make_trainer, model, start, tmp_path / "a", **settings)
     checkpoint = tmp_path / "a" / "checkpoint-2"
     for changes, difference in (
