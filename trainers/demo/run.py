@@ -133,30 +133,30 @@ def _train(
     with warnings.catch_warnings():
         # Newer transformers say `activation_checkpointing`; the old name works in all that are supported.
         warnings.simplefilter("ignore", FutureWarning)
-        arguments = config_class(
-            output_dir=str(out / "checkpoints" / f"{slug}-{seed}"),
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            seed=seed,
-            learning_rate=1e-4,
-            lr_scheduler_type="constant",
-            max_steps=config.steps,
+        defaults = {
+            "output_dir": str(out / "checkpoints" / f"{slug}-{seed}"),
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "seed": seed,
+            "learning_rate": 1e-4,
+            "lr_scheduler_type": "constant",
+            "max_steps": config.steps,
             # 128 prompts x 8 answers a rollout, used for 4 optimiser steps and twice over: half of the steps are off-policy.
-            per_device_train_batch_size=256,
-            num_generations=8,
-            steps_per_generation=4,
-            num_iterations=2,
-            max_completion_length=MAX_ANSWER_TOKENS,
-            scale_rewards="none",
-            beta=0.0,
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            **settings,
-        )
+            "per_device_train_batch_size": 256,
+            "num_generations": 8,
+            "steps_per_generation": 4,
+            "num_iterations": 2,
+            "max_completion_length": MAX_ANSWER_TOKENS,
+            "scale_rewards": "none",
+            "beta": 0.0,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": [],
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+        }
+        arguments = config_class(**{**defaults, **settings})
         trainer = trainer_class(
             model,
             VerifiedAnswer(shuffle_seed=seed if config.shuffle_rewards else None),
