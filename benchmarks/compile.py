@@ -41,6 +41,16 @@ def cases(architecture: str) -> list[Case]:
     GEMM kernels twice where there are tensor descriptors: strides they cannot describe take the pointer path.
     """
     first = _cases(architecture, described=architecture in ("90", "100"))
+    first += [
+        replace(
+            case,
+            label=f"{case.label.replace('256', '128')} soft-cap, bias",
+            types={**case.types, "weight": case.types["weight"].replace("[256,", "[128,")},
+            constants={**case.constants, "HAS_SOFTCAP": True, "HAS_BIAS": True, "BLOCK_V": min(case.constants["BLOCK_V"], 128)},
+        )
+        for case in first
+        if case.kernel.fn.__name__ in ("linear_dlogits_kernel", "exponentials_kernel")
+    ]
     if architecture not in ("90", "100"):
         return first
     return first + [replace(case, label=f"{case.label} ptr") for case in _cases(architecture, described=False) if case.gemm]

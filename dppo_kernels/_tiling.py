@@ -84,11 +84,15 @@ _GRAD_PLANS: tuple[tuple[tuple[int, int], int, bool, GradPlan], ...] = (
 INTERPRETER_GRAD_PLAN = GradPlan(32, 64, 16, 32, 32, 16, 32, 16, 4, 1)
 
 
-def pick_grad_plan(capability: tuple[int, int] | None, dtype: torch.dtype, described: bool) -> GradPlan:
+def pick_grad_plan(
+    capability: tuple[int, int] | None, dtype: torch.dtype, described: bool, *, softcap: bool = False
+) -> GradPlan:
     """Strip and tiles for a device of this compute capability (None = the interpreter)."""
     if capability is None:
         return INTERPRETER_GRAD_PLAN
-    return _first(_GRAD_PLANS, capability, dtype, described)
+    plan = _first(_GRAD_PLANS, capability, dtype, described)
+    # Logits and their slopes live at the same time: a tile of 256 columns spills 400 bytes and more on sm_90.
+    return plan._replace(block_v=min(plan.block_v, 128)) if softcap else plan
 
 
 _Plan = TypeVar("_Plan")

@@ -269,7 +269,7 @@ def linear_logprobs_bwd(
         per_row = tuple(x[rows.order] for x in (saved["row_max"], saved["log_sum"], *coefficients))
         picked_ids, picked = _picked_gradients(projection, weight, rows, ids, gather_ids, upstream, per_row)
         described = can_describe(device, rows.hidden, weight, wanted=descriptors)
-        plan = plan or pick_grad_plan(capability(device), weight.dtype, described)
+        plan = plan or pick_grad_plan(capability(device), weight.dtype, described, softcap=projection.softcap is not None)
         row_chunks, columns = chunks(n, plan.chunk_rows), chunks(vocab, plan.strip_cols)
         chunk_rows = min(n, plan.chunk_rows)
         # Whole row blocks: the recomputation writes zeros behind the last row, which the GEMMs read.

@@ -80,7 +80,8 @@ class _Launcher:
         self.with_dot = task.with_entropy
         aligned = torch.empty(1, self.width, dtype=x.compute_dtype, device=self.device)  # compacted rows are contiguous
         self.described = can_describe(self.device, aligned, self.weight, wanted=descriptors)
-        self.plan = plan = plan or pick_grad_plan(capability(self.device), x.compute_dtype, self.described)
+        chosen = pick_grad_plan(capability(self.device), x.compute_dtype, self.described, softcap=x.softcap is not None)
+        self.plan = plan = plan or chosen
         n = task.rows.mask.shape[0]
         self.chunk_rows = triton.cdiv(min(task.design.chunk_rows, n), plan.block_n) * plan.block_n
         self.cols = triton.cdiv(self.vocab, plan.block_v) * plan.block_v
@@ -343,11 +344,11 @@ class _Launcher:
             UPCAST=INTERPRET,
             BLOCK_H=block_h,
         )
-        common = {"FIRST": False, "LAST": False, "COLS": self.cols, **self.tile, **self.launch}
+        common = {"LAST": False, "COLS": self.cols, **self.tile, **self.launch}
         blocks = {"BLOCK_M": plan.gemm_m, "BLOCK_H": plan.gemm_h, "BLOCK_K": plan.gemm_k}
         sizes = (count, 0, 0, size, size, self.vocab, self.width)
         if dhidden is not None:
-            dh = torch.zeros((size, self.width), dtype=torch.float32, device=self.device)
+            dh = self.new((size, self.width))
             accumulate_gemm_kernel[(triton.cdiv(size, plan.gemm_m), triton.cdiv(self.width, plan.gemm_h))](
                 operand(e, (plan.gemm_m, plan.gemm_k), self.described),
                 operand(self.weight, (plan.gemm_k, plan.gemm_h), self.described),
@@ -358,6 +359,7 @@ class _Launcher:
                 0,
                 0,
                 TRANSPOSED=False,
+                FIRST=True,
                 **common,
                 **blocks,
             )
@@ -373,6 +375,7 @@ class _Launcher:
                 0,
                 0,
                 TRANSPOSED=True,
+                FIRST=False,
                 **common,
                 **blocks,
             )
