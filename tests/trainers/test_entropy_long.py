@@ -76,9 +76,9 @@ def test_the_fused_loss_does_not_drift(tmp_path: Path, monkeypatch: pytest.Monke
     (RESULTS / "entropy.md").write_text(
         "# Entropy over 200 steps, fused and unfused\n\n"
         f"`make long` ({facts}).\n\n"
-        "DPPO binary-TV on the demo's task, all runs from the same warmed-up weights. Mean over steps of the mean entropy of the\n"
-        "completion tokens, and the gap to the unfused fp32 run of the same seed. bf16 is CPU autocast: weights stay fp32 and\n"
-        "are rounded where they are used.\n\n"
+        "DPPO binary-TV on the demo's task, all runs from the same warmed-up weights. Mean over steps of the mean entropy of\n"
+        "the completion tokens, and the gap to the unfused fp32 run of the same seed. bf16 is CPU autocast: weights stay fp32\n"
+        "and are rounded where they are used.\n\n"
         "| run | seed | mean entropy (nats) | gap |\n|---|---|---|---|\n" + "\n".join(rows) + "\n\n"
         f"Standard deviation of the reference's mean entropy over its seeds: {deviation:.4f}; allowed gap: twice that.\n\n"
         "![entropy over steps](entropy.png)\n"
