@@ -178,6 +178,13 @@ def test_comparison_and_table(tmp_path: Path, console: Console) -> None:
     assert "| c | 1, 2, 3 | forward | dppo_kernels 5 (1) |" in report.markdown(report.read_rows(tmp_path / "b.csv").values())
 
 
+def test_rows_are_not_mixed_with_rows_of_other_columns(tmp_path: Path) -> None:
+    harness.write_rows(tmp_path / "a.csv", [{"a": 1, "b": 2}])
+    with pytest.raises(ValueError, match="other columns"):
+        harness.write_rows(tmp_path / "a.csv", [{"a": 1, "c": 2, "b": 3}])
+    assert len((tmp_path / "a.csv").read_text().splitlines()) == 2
+
+
 def test_sweeps_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the demo extra is not installed")
     sweep = {name: shape for name, shape in shapes_for("cpu", sweep=True).items() if name[0] in "VN"}
