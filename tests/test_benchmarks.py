@@ -175,7 +175,14 @@ def test_comparison_and_table(tmp_path: Path, console: Console) -> None:
     assert "2.50" in console.file.getvalue()
     rows_file(tmp_path / "a.csv", 4.0)  # appended: the newest row counts
     assert [row["p50_ms"] for row in report.read_rows(tmp_path / "a.csv").values()] == ["4.0"]
-    assert "| c | 1, 2, 3 | forward | dppo_kernels 5 (1) |" in report.markdown(report.read_rows(tmp_path / "b.csv").values())
+    [other] = report.read_rows(tmp_path / "b.csv").values()
+    rows = [other, other | {"provider": "peer", "p50_ms": "3.0"}, other | {"mode": "forward+backward", "n": "4"}]
+    assert report.markdown(rows).splitlines()[2:] == [
+        "| case | mode | 1, 2, 3 | 4, 2, 3 |",
+        "|---|---|---|---|",
+        "| c | forward | peer 3 (1)<br>dppo_kernels 5 (1) |  |",
+        "| c | forward+backward |  | dppo_kernels 5 (1) |",
+    ]
 
 
 def test_rows_are_not_mixed_with_rows_of_other_columns(tmp_path: Path) -> None:
