@@ -95,9 +95,17 @@ def stamp(device: torch.device) -> dict[str, str]:
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Append rows to a tidy CSV, creating it with a header."""
+    """Append rows to a tidy CSV, creating it with a header.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = not path.exists()
+    if not fresh:
+        with path.open(newline="") as file:
+            if next(csv.reader(file)) != list(rows[0]):
+                raise ValueError(f"{path} has other columns than these rows: rerun its cases, or write elsewhere with --out")
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         if fresh:

@@ -71,29 +71,32 @@ def write_report(results: Path, console: Console) -> int:
 
 
 def markdown(rows: Iterable[Row]) -> str:
-    """One line a case, mode and shape; times of all providers, fastest first."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
+    """A table a device: a line per case and mode, a column per shape; times of all providers, fastest first."""
+    tables: dict[tuple[str, str], dict[tuple[str, str], dict[str, list[Row]]]] = {}
     for row in rows:
         if row["shape"] in STANDARD:
-            groups.setdefault((row["device"], row["dtype"], row["case"], row["mode"], row["n"], row["h"], row["v"]), []).append(
-                row
-            )
-    lines = []
-    for device, dtype in dict.fromkeys(key[:2] for key in groups):
-        members = {key: group for key, group in groups.items() if key[:2] == (device, dtype)}
-        facts = next(iter(members.values()))[0]
-        lines += [
+            lines = tables.setdefault((row["device"], row["dtype"]), {})
+            cells = lines.setdefault((row["case"], row["mode"]), {})
+            cells.setdefault(", ".join(row[name] for name in "nhv"), []).append(row)
+    text = []
+    for (device, dtype), lines in tables.items():
+        shapes = list(dict.fromkeys(shape for cells in lines.values() for shape in cells))
+        facts = next(iter(next(iter(lines.values())).values()))[0]
+        text += [
             "",
-            f"{device}, {dtype}, torch {facts['torch']}, TRL {facts['trl']}; median ms (times ours):",
+            f"{device}, {dtype}, torch {facts['torch']}, TRL {facts['trl']}; median ms (times ours) by N, H, V:",
             "",
-            "| case | N, H, V | mode | providers |",
-            "|---|---|---|---|",
+            f"| case | mode | {' | '.join(shapes)} |",
+            "|---|---|" + "---|" * len(shapes),
         ]
-        for (_, _, case, mode, *shape), group in members.items():
-            ordered = sorted(group, key=lambda row: float(row["p50_ms"]))
-            times = " · ".join(f"{row['provider']} {float(row['p50_ms']):.0f} ({row['time_over_ours']})" for row in ordered)
-            lines.append(f"| {case} | {', '.join(shape)} | {mode} | {times} |")
-    return "\n".join(lines[1:])
+        for (case, mode), cells in lines.items():
+            text.append(f"| {case} | {mode} | {' | '.join(_times(cells.get(shape, [])) for shape in shapes)} |")
+    return "\n".join(text[1:])
+
+
+def _times(group: Iterable[Row]) -> str:
+    ordered = sorted(group, key=lambda row: float(row["p50_ms"]))
+    return "<br>".join(f"{row['provider']} {float(row['p50_ms']):.0f} ({row['time_over_ours']})" for row in ordered)
 
 
 def plot(rows: Iterable[Row], results: Path) -> list[Path]:

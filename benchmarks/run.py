@@ -1,8 +1,9 @@
 """Verify, then time: every provider of every case, interleaved, with the ceilings of this machine measured in the same run."""
 
+import functools
 import gc
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -14,7 +15,16 @@ from benchmarks.harness import Ceilings, Provider, measure_ceilings, paired_roun
 from benchmarks.shapes import Shape
 
 VERIFIED_ROWS = 64
-COLUMNS = ("shape", "mode", "provider", "p50_ms", "rate", "share", "peak_mib", "max_error", "time_over_ours")
+# A peer's gradient further off than this (norm of the difference over the norm) is wrong, not imprecise.
+WRONG_GRADIENT = 0.1
+COLUMNS = ("shape", "mode", "provider", "p50_ms", "rate", "share", "peak_mib", "max_error", "gradient_error", "time_over_ours")
+
+
+class Errors(NamedTuple):
+    """Of a provider against float64."""
+
+    value: float  # largest
+    gradient: float | None  # relative, the largest of what is trained; None in a forward
 
 
 def run_case(
@@ -30,14 +40,12 @@ def run_case(
     for shape_name, shape in shapes.items():
         torch.compiler.reset()  # or compiled providers reach the limit of recompilations and fall back to eager
         x = case.inputs(shape, dtype, device)
-        errors, missing = _verify(case, x, shape, device)
-        for provider, reason in missing.items():
-            console.print(f"{name} {shape_name}: {provider} is missing: {reason}", soft_wrap=True)
-        if not errors.get(OURS, torch.inf) <= case.MAX_ERROR[dtype]:
-            raise SystemExit(f"{name} {shape_name}: not timing wrong results: error {errors.get(OURS)}, {missing.get(OURS)}")
         for mode in case.MODES:
+            errors, missing = verify(case, x, shape, mode)
+            if OURS in missing:
+                raise SystemExit(f"{name} {shape_name}: not timing wrong results of {mode}: {missing[OURS]}")
             providers, failed = _that_run(case, errors, x, mode)
-            for provider, reason in failed.items():
+            for provider, reason in (missing | failed).items():
                 console.print(f"{name} {shape_name}: {provider} is missing from {mode}: {reason}", soft_wrap=True)
             seconds = paired_rounds(providers, rounds, device)
             for provider, times in seconds.items():
@@ -53,7 +61,8 @@ def run_case(
                         **_timing(times),
                         **_rate(case, shape, dtype, mode, provider, times, ceilings),
                         "peak_mib": "" if peak is None else f"{peak / 2**20:.0f}",
-                        "max_error": f"{errors[provider]:.1e}",
+                        "max_error": f"{errors[provider].value:.1e}",
+                        "gradient_error": "" if (error := errors[provider].gradient) is None else f"{error:.1e}",
                         "time_over_ours": f"{ratio(seconds, provider, OURS):.2f}",
                         **facts,
                     }
@@ -72,35 +81,62 @@ def print_rows(rows: Sequence[dict[str, object]], console: Console) -> None:
     console.print(table)
 
 
-def _verify(case: Case, x: Any, shape: Shape, device: torch.device) -> tuple[dict[str, float], dict[str, str]]:
-    """(largest log-prob error against float64 by provider, why the others are missing)."""
-    head = case.rows(x, VERIFIED_ROWS)
-    exact = case.exact(head)
-    errors: dict[str, float] = {}
+def verify(case: Case, x: Any, shape: Shape, mode: str) -> tuple[dict[str, Errors], dict[str, str]]:
+    """(errors by provider, why the others are missing), of what is timed, on a few rows."""
+    head, wide = (leaves(case.rows(x, VERIFIED_ROWS), dtype) for dtype in (None, torch.float64))
+    exact = values_and_gradients(case.exact, wide, mode)
+    dtype, device = (getattr(trained(head)[0], name) for name in ("dtype", "device"))
+    errors: dict[str, Errors] = {}
     missing: dict[str, str] = {}
-    for provider, logprobs in case.PROVIDERS.items():
+    for provider, function in case.PROVIDERS.items():
         needed = case.needs_bytes(shape, provider)
         if needed > FULL_LOGITS_LIMIT[device.type]:
             missing[provider] = f"needs {needed / 2**30:.0f} GiB for logits"
             continue
         try:
-            with torch.no_grad():
-                errors[provider] = (logprobs(head).double() - exact).abs().max().item()
+            found = values_and_gradients(function, head, mode)
         except Exception as reason:  # a peer that is not installed, or cannot run here: named, not hidden
             missing[provider] = _first_line(reason)
+            continue
+        value = (found[0].double() - exact[0]).abs().max().item()
+        gradients = [((a - b).norm() / b.norm()).item() for a, b in zip(found[1:], exact[1:], strict=True)]
+        gradient = max(gradients, key=lambda error: (error != error, error), default=None)  # NaN is the largest
+        limit = case.MAX_GRADIENT_ERROR[dtype] if provider == OURS else WRONG_GRADIENT
+        if provider == OURS and not value <= case.MAX_ERROR[dtype]:
+            missing[provider] = f"values are wrong: error {value:.1e}"
+        elif gradient is not None and not gradient <= limit:
+            missing[provider] = f"gradients are wrong: relative error {gradient:.1e}"
+        else:
+            errors[provider] = Errors(value, gradient)
     return errors, missing
 
 
-def timed(case: Case, provider: str, x: Any, mode: str) -> Provider:
-    """What is timed: the log-probs, or the log-probs and the gradients of what the case trains."""
-    logprobs = case.PROVIDERS[provider]
+def leaves(x: Any, dtype: torch.dtype | None) -> Any:
+    """The inputs as leaves of their own, floating ones in `dtype`, if one is given."""
+
+    def leaf(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or not tensor.is_floating_point():
+            return tensor
+        return tensor.detach().to(dtype or tensor.dtype).requires_grad_(tensor.requires_grad)
+
+    return type(x)(*map(leaf, x))
+
+
+def trained(x: Any) -> tuple[Tensor, ...]:
+    return tuple(tensor for tensor in x if tensor is not None and tensor.requires_grad)
+
+
+def values_and_gradients(function: Callable[[Any], Tensor], x: Any, mode: str) -> tuple[Tensor, ...]:
+    """What is timed: the values, or the values and the gradients of what the case trains."""
     if mode == "forward":
-        return torch.no_grad()(lambda: logprobs(x))
+        with torch.no_grad():
+            return (function(x),)
+    values = function(x)
+    return (values.detach(), *torch.autograd.grad(values, trained(x), x.upstream))
 
-    def forward_and_backward() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(logprobs(x), case.trained(x), x.upstream)
 
-    return forward_and_backward
+def timed(case: Case, provider: str, x: Any, mode: str) -> Provider:
+    return functools.partial(values_and_gradients, case.PROVIDERS[provider], x, mode)
 
 
 def _that_run(case: Case, names: Iterable[str], x: Any, mode: str) -> tuple[dict[str, Provider], dict[str, str]]:

@@ -12,6 +12,7 @@ pytest.importorskip("trl", reason="the trl extra is not installed")
 
 from benchmarks import cases, harness, report, run
 from benchmarks import compile as gate
+from benchmarks.cases import linear_policy_loss
 from benchmarks.shapes import Shape, shapes_for
 
 CPU = torch.device("cpu")
@@ -24,15 +25,19 @@ def console() -> Console:
 
 
 @pytest.mark.parametrize("name", cases.NAMES)
-def test_every_case_runs_and_says_who_is_missing(name: str, console: Console, tmp_path: Path) -> None:
+def test_every_case_runs_and_says_who_is_missing(name: str, console: Console, tmp_path: Path, monkeypatch) -> None:
+    if name in cases.POLICY_LOSSES[1:]:  # seconds to compile, and the same code as in the first
+        monkeypatch.delitem(cases.load(name).PROVIDERS, "torch.compile")
     rows = run.run_case(name, TINY, CPU, torch.float32, 2, console)
     present = {row["provider"] for row in rows}
     assert {"dppo_kernels", "naive"} <= present
     for provider in set(cases.load(name).PROVIDERS) - present:
-        assert f"{provider} is missing: " in console.file.getvalue()
+        for mode in cases.load(name).MODES:
+            assert f"{provider} is missing from {mode}: " in console.file.getvalue()
     for row in rows:
         assert 0 < float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
         assert float(row["max_error"]) < 1e-3
+        assert row["gradient_error"] == "" if row["mode"] == "forward" else 0 < float(row["gradient_error"]) < 1e-5
         assert row["commit"]
     assert {row["time_over_ours"] for row in rows if row["provider"] == "dppo_kernels"} == {"1.00"}
     run.print_rows(rows, console)
@@ -57,13 +62,88 @@ def test_a_peer_without_a_backward_is_named_and_the_others_are_timed(console: Co
     assert "trl is missing from forward+backward: RuntimeError" in console.file.getvalue()
 
 
-def test_gradients_of_all_cases_agree_with_full_logits() -> None:
-    for name in cases.NAMES:
+def with_gradients_times(factor: float, function):
+    """The same values with wrong gradients."""
+    return lambda x: factor * function(x) + (1 - factor) * function(x).detach()
+
+
+@pytest.mark.parametrize("factor", [1 + 1e-4, torch.nan])
+def test_wrong_gradients_are_not_timed(factor: float, console: Console, monkeypatch) -> None:
+    case = cases.load("linear_policy_loss")
+    monkeypatch.setitem(case.PROVIDERS, cases.OURS, with_gradients_times(factor, case.exact))
+    monkeypatch.setattr(run, "paired_rounds", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(run, "measure_ceilings", lambda *_: None)
+    with pytest.raises(SystemExit, match=r"not timing wrong results of forward\+backward: (gradients|values) are wrong"):
+        run.run_case("linear_policy_loss", TINY, CPU, torch.float32, 2, console)
+
+
+def test_a_peer_with_wrong_gradients_is_missing_with_the_reason(monkeypatch) -> None:
+    case = cases.load("linear_policy_loss")
+    monkeypatch.setitem(case.PROVIDERS, "trl", with_gradients_times(0.5, case.exact))
+    monkeypatch.setitem(case.PROVIDERS, "naive", with_gradients_times(0.95, case.exact))  # off, as low precision may be
+    x = case.inputs(TINY["C1"], torch.float32, CPU)
+    errors, missing = run.verify(case, x, TINY["C1"], "forward+backward")
+    assert missing["trl"] == "gradients are wrong: relative error 5.0e-01"
+    assert "trl" not in errors
+    assert errors["naive"].gradient == pytest.approx(0.05, rel=1e-3)
+
+
+def test_one_wrong_row_or_input_is_found(monkeypatch) -> None:
+    """The gradient of every trained input counts, and one of 64 rows is enough."""
+    case, shape = cases.load("linear_logprobs"), Shape(64, 16, 300)
+    x = case.inputs(shape, torch.float32, CPU)._replace(upstream=torch.ones(64))
+    wrong = {
+        "trl": lambda x: case.exact(x._replace(hidden=torch.cat([x.hidden[:-1], x.hidden[-1:].detach()]))),
+        "naive": lambda x: case.exact(x._replace(weight=x.weight.detach() + 0 * x.weight)),
+    }
+    for peer, provider in wrong.items():
+        monkeypatch.setitem(case.PROVIDERS, peer, provider)
+    _, missing = run.verify(case, x, shape, "forward+backward")
+    for peer in wrong:
+        assert "gradients are wrong" in missing[peer]
+
+
+def rows_with_gradient(case, x) -> torch.Tensor:
+    return torch.autograd.grad(case.exact(x), x.hidden)[0].abs().sum(-1) != 0
+
+
+def test_policy_losses_are_what_their_names_say() -> None:
+    policy = [cases.load(name) for name in cases.POLICY_LOSSES]
+    inputs = [case.inputs(TINY["C1"], torch.float32, CPU) for case in policy]
+    plain, half, frozen, topk = inputs
+    assert [len(run.trained(x)) for x in inputs] == [2, 2, 1, 2]
+    assert [(x.advantages == 0).sum() for x in inputs] == [0, 4, 0, 0]
+    assert [x.topk_ids is None for x in (plain, half, frozen)] == [True] * 3
+    assert topk.topk_ids.shape == (8, 3, linear_policy_loss.K + 1)
+    for case, x in zip(policy, inputs, strict=True):
+        # Neither clip nor trust region takes rows away: the work is that of all rows that have an advantage.
+        torch.testing.assert_close(rows_with_gradient(case, x), (x.advantages != 0)[:, None].expand(8, 3))
+        assert case.rows(x, 16).ids.shape == (8, 2)
+
+
+def test_naive_losses_mask_and_clip_as_ours_do() -> None:
+    """Far from the anchor, where the timed inputs never are, the losses written out here still agree with the library's."""
+    for name in ("linear_policy_loss", "linear_policy_loss_topk"):
         case = cases.load(name)
-        x = case.inputs(TINY["C1"], torch.float32, CPU)
-        ours, naive = (run.timed(case, provider, x, "forward+backward")() for provider in (cases.OURS, "naive"))
-        for a, b in zip(ours, naive, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        x = case.inputs(Shape(400, 16, 300), torch.float32, CPU)
+        x = x._replace(anchor=x.anchor + torch.randn_like(x.anchor), hidden=(1.5 * x.hidden).detach().requires_grad_())
+        kept = rows_with_gradient(case, x).float().mean()
+        assert 0.2 < kept < 0.8
+        errors, missing = run.verify(case, x, Shape(400, 16, 300), "forward+backward")
+        assert cases.OURS in errors, missing
+
+
+def test_work_of_a_policy_loss_in_units_of_nhv() -> None:
+    shape = Shape(1000, 10, 10)
+    units = {
+        name: [
+            case.work(shape, torch.float32, "forward+backward", provider)[0] / (shape.n * shape.h * shape.v)
+            for provider in (cases.OURS, "dppo_kernels unfused", "trl", "liger", "naive")
+        ]
+        for name in cases.POLICY_LOSSES
+        for case in [cases.load(name)]
+    }
+    assert list(units.values()) == [[6, 8, 8, 8, 6], [3, 5, 8, 8, 6], [4, 6, 6, 6, 4], [6, 8, 8, 8, 6]]
 
 
 def test_rounds_rotate_and_count() -> None:
@@ -95,7 +175,21 @@ def test_comparison_and_table(tmp_path: Path, console: Console) -> None:
     assert "2.50" in console.file.getvalue()
     rows_file(tmp_path / "a.csv", 4.0)  # appended: the newest row counts
     assert [row["p50_ms"] for row in report.read_rows(tmp_path / "a.csv").values()] == ["4.0"]
-    assert "| c | 1, 2, 3 | forward | dppo_kernels 5 (1) |" in report.markdown(report.read_rows(tmp_path / "b.csv").values())
+    [other] = report.read_rows(tmp_path / "b.csv").values()
+    rows = [other, other | {"provider": "peer", "p50_ms": "3.0"}, other | {"mode": "forward+backward", "n": "4"}]
+    assert report.markdown(rows).splitlines()[2:] == [
+        "| case | mode | 1, 2, 3 | 4, 2, 3 |",
+        "|---|---|---|---|",
+        "| c | forward | peer 3 (1)<br>dppo_kernels 5 (1) |  |",
+        "| c | forward+backward |  | dppo_kernels 5 (1) |",
+    ]
+
+
+def test_rows_are_not_mixed_with_rows_of_other_columns(tmp_path: Path) -> None:
+    harness.write_rows(tmp_path / "a.csv", [{"a": 1, "b": 2}])
+    with pytest.raises(ValueError, match="other columns"):
+        harness.write_rows(tmp_path / "a.csv", [{"a": 1, "c": 2, "b": 3}])
+    assert len((tmp_path / "a.csv").read_text().splitlines()) == 2
 
 
 def test_sweeps_are_drawn(tmp_path: Path) -> None:

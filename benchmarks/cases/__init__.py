@@ -9,28 +9,31 @@ from torch import Tensor
 
 from benchmarks.shapes import Shape
 
-NAMES = ("linear_logprobs", "topk_gather", "token_logprobs")
+POLICY_LOSSES = tuple(f"linear_policy_loss{variant}" for variant in ("", "_half", "_frozen", "_topk"))
+NAMES = ("linear_logprobs", "topk_gather", "token_logprobs", *POLICY_LOSSES)
 OURS = "dppo_kernels"
 FULL_LOGITS_LIMIT = {"cuda": 60 << 30, "cpu": 8 << 30}  # bytes; providers that need more are left out, by name
 
 
 class Case(Protocol):
-    """What a module of this package defines."""
+    """What a module of this package defines, or one of its variants."""
 
     MODES: tuple[str, ...]  # "forward" (no grad) and "forward+backward"
-    PROVIDERS: Mapping[str, Callable[[Any], Tensor]]  # name -> log-probs [N] or [N, K] of the inputs
-    MAX_ERROR: Mapping[torch.dtype, float]  # of our log-probs against float64 of the same inputs
+    PROVIDERS: Mapping[str, Callable[[Any], Tensor]]  # name -> log-probs [N] or [N, K], or the loss, of the inputs
+    MAX_ERROR: Mapping[torch.dtype, float]  # of our values against float64 of the same inputs
+    MAX_GRADIENT_ERROR: Mapping[torch.dtype, float]  # the same, relative, of our gradients
 
-    def inputs(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> Any: ...
+    def inputs(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> Any:
+        """A NamedTuple of tensors: `upstream`, the gradient that arrives at the values, and what they are a function of.
+
+        The backward computes the gradients of those that require one.
+        """
 
     def rows(self, x: Any, n: int) -> Any:
-        """The first n rows of the inputs, detached."""
+        """The inputs cut to n rows."""
 
     def exact(self, x: Any) -> Tensor:
-        """float64 log-probs."""
-
-    def trained(self, x: Any) -> tuple[Tensor, ...]:
-        """Inputs whose gradient the backward computes."""
+        """The values, differentiable, in the precision of the inputs."""
 
     def work(self, shape: Shape, dtype: torch.dtype, mode: str, provider: str) -> tuple[float, str]:
         """(amount, "flop" or "byte") that the provider's design needs."""
@@ -40,4 +43,6 @@ class Case(Protocol):
 
 
 def load(name: str) -> Case:
+    if name in POLICY_LOSSES:
+        return importlib.import_module("benchmarks.cases.linear_policy_loss").VARIANTS[name]
     return importlib.import_module(f"benchmarks.cases.{name}")  # type: ignore[return-value]

@@ -9,11 +9,12 @@ from benchmarks.cases import linear_logprobs
 from benchmarks.cases.linear_logprobs import needs_bytes, work
 from benchmarks.shapes import Shape
 
-__all__ = ["MAX_ERROR", "MODES", "PROVIDERS", "exact", "inputs", "needs_bytes", "rows", "trained", "work"]
+__all__ = ["MAX_ERROR", "MAX_GRADIENT_ERROR", "MODES", "PROVIDERS", "exact", "inputs", "needs_bytes", "rows", "work"]
 
 K = 20
 MODES = linear_logprobs.MODES
 MAX_ERROR = linear_logprobs.MAX_ERROR
+MAX_GRADIENT_ERROR = linear_logprobs.MAX_GRADIENT_ERROR
 
 
 class Inputs(NamedTuple):
@@ -31,15 +32,11 @@ def inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
 
 
 def rows(x: Inputs, n: int) -> Inputs:
-    return Inputs(x.hidden[:n].detach(), x.weight.detach(), x.ids[:n], x.upstream[:n])
+    return Inputs(x.hidden[:n], x.weight, x.ids[:n], x.upstream[:n])
 
 
 def exact(x: Inputs) -> Tensor:
-    return torch.log_softmax(x.hidden.double() @ x.weight.double().t(), -1).gather(1, x.ids)
-
-
-def trained(x: Inputs) -> tuple[Tensor, ...]:
-    return x.hidden, x.weight
+    return torch.log_softmax(x.hidden @ x.weight.t(), -1).gather(1, x.ids)
 
 
 def ours(x: Inputs) -> Tensor:

@@ -1,51 +1,33 @@
 """Peak memory of the process, measured by the operating system, while scoring a vocabulary of 151936."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dppo_kernels.linear_logprobs import torch_impl
+from tests.memory import linux_only, peak_mb
 
-SCRIPT = """
+SETUP = """
 import sys
 import torch
 from dppo_kernels import linear_logprobs
 
-def status(key):
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(key))
-
 n, h, v, active = (int(x) for x in sys.argv[1:5])
 dtype = getattr(torch, sys.argv[5])
 warm = linear_logprobs(torch.randn(2, h, requires_grad=True), torch.randn(100, h), torch.zeros(2, dtype=torch.long))
-warm.logprobs.sum().backward()  # libraries and thread pools allocate on first use
+warm.logprobs.sum().backward()
 hidden, weight = (torch.randn(rows, h).to(dtype).requires_grad_() for rows in (n, v))
 ids, gather_ids = torch.randint(0, v, (n,)), torch.randint(0, v, (n, 21))
 ids[active:] = -100
-with open("/proc/self/clear_refs", "w") as f:
-    f.write("5")  # reset the high-water mark
-before = status("VmRSS")
+"""
+SCORE = """
 out = linear_logprobs(hidden, weight, ids, gather_ids=gather_ids, outputs=("logprobs", "entropy"))
 (out.logprobs.sum() + out.entropy.sum() + out.gathered.sum()).backward()
-gradients = hidden.grad.nbytes + weight.grad.nbytes
-print(status("VmHWM") - before - gradients)
+kept = hidden.grad.nbytes + weight.grad.nbytes
 """
 
 
-def peak_mb(*arguments: object) -> float:
-    """Of scoring with gradients on hidden and weight, above the inputs and the gradients."""
-    command = [sys.executable, "-c", SCRIPT, *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    peak = int(result.stdout) / 1e6
-    print(f"peak above inputs and gradients: {peak:.0f} MB")
-    return peak
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@linux_only
 @pytest.mark.parametrize(
     ("n", "h", "v", "active", "dtype"),
     [
@@ -55,7 +37,9 @@ def peak_mb(*arguments: object) -> float:
     ],
 )
 def test_scoring_peaks_under_400_mb_above_inputs_and_gradients(n: int, h: int, v: int, active: int, dtype: str) -> None:
-    assert 0 < peak_mb(n, h, v, active, dtype) < 400
+    peak = peak_mb(SETUP, SCORE, n, h, v, active, dtype)
+    print(f"peak above inputs and gradients: {peak:.0f} MB")
+    assert 0 < peak < 400
 
 
 def test_no_tensor_has_both_rows_and_vocabulary() -> None:
