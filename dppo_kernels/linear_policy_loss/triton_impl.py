@@ -125,8 +125,8 @@ class _Launcher:
             self.gradients(group, part, self.slots[0], sums, prepared)
         self.result.loss += losses.sum()
         count = self.scored.sum()
-        for i, name in enumerate(names):
-            self.result.stats[name] = Stat(stats[:, i, 0].sum(), count, stats[:, i, 1].max())
+        sums, maxima = stats[..., 0].sum(0), stats[..., 1].amax(0)
+        self.result.stats = {name: Stat(sums[i], count, maxima[i]) for i, name in enumerate(names)}
 
     def run_sequences(self, part: slice) -> None:
         task, result = self.task, self.result
