@@ -409,6 +409,7 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, mask: Te
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, *others = output
     ctx.mark_non_differentiable(*others)
+    ctx.set_materialize_grads(False)  # or zeros as large as the head arrive in the backward
     gradients = others[-3:]
     ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
     ctx.traced = any(type(x) is not Tensor for x in gradients)
