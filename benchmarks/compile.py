@@ -50,10 +50,11 @@ def _cases(architecture: str, *, described: bool) -> list[Case]:
     import torch
 
     from dppo_kernels._tiling import pick_grad_plan, pick_lse_plan, pick_row_plan
-    from dppo_kernels.linear_logprobs import kernels, kernels_bwd
+    from dppo_kernels.linear_logprobs import kernels, kernels_bwd, kernels_exp
+    from dppo_kernels.linear_logprobs.kernels_exp import ROW_BLOCK
     from dppo_kernels.linear_policy_loss import kernels as policy
     from dppo_kernels.linear_policy_loss.kernels_rows import policy_row_kernel
-    from dppo_kernels.linear_policy_loss.triton_impl import COPY_BLOCK, ROW_BLOCK
+    from dppo_kernels.linear_policy_loss.triton_impl import COPY_BLOCK
     from dppo_kernels.token_logprobs import kernels as token
 
     capability = {"80": (8, 0), "90": (9, 0), "100": (10, 0)}.get(architecture, (8, 0))
@@ -211,7 +212,7 @@ def _cases(architecture: str, *, described: bool) -> list[Case]:
     padded = -(-151936 // grad.block_v) * grad.block_v
     found.append(
         Case(
-            policy.exponentials_kernel,
+            kernels_exp.exponentials_kernel,
             f"{grad.block_n}x{grad.block_v}x{grad.block_h}",
             {**common, **chunk, "hidden": operand(grad.block_n, grad.block_h), "weight": operand(grad.block_v, grad.block_h)},
             {
@@ -250,7 +251,7 @@ def _cases(architecture: str, *, described: bool) -> list[Case]:
     }
     found += [
         Case(
-            policy.merge_sums_kernel,
+            kernels_exp.merge_sums_kernel,
             f"{ROW_BLOCK} rows",
             {**common, **chunk},
             {"ENTROPY": True, "REDO": False, "BLOCK_N": ROW_BLOCK, "PROJECTION_BLOCK_N": grad.block_n},
@@ -271,7 +272,7 @@ def _cases(architecture: str, *, described: bool) -> list[Case]:
             {"COLS": padded, "UPCAST": False, "BLOCK_H": COPY_BLOCK},
             4,
         ),
-        Case(policy.scatter_rows_kernel, f"{COPY_BLOCK}", {**common, **chunk}, {"BLOCK_H": COPY_BLOCK}, 4),
+        Case(kernels_exp.scatter_rows_kernel, f"{COPY_BLOCK}", {**common, **chunk}, {"BLOCK_H": COPY_BLOCK}, 4),
     ]
     for surrogate, kind in (("clip", ""), ("divergence", "binary_kl"), ("divergence", "topk_kl"), ("given", "")):
         found.append(

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from dppo_kernels import _backend, _checks
 from dppo_kernels._numerics import autocast_dtype, split_temperature, stat_dtype
+from dppo_kernels._tiling import DEFAULT_WORKSPACE_BYTES, TARGET_ROWS
 from dppo_kernels.aggregate import reduction_weights
 from dppo_kernels.linear_logprobs import linear_logprobs
 from dppo_kernels.linear_logprobs.op import check_linear_arguments, implementation
 from dppo_kernels.linear_logprobs.projection import Projection
 from dppo_kernels.linear_policy_loss import torch_impl
-from dppo_kernels.linear_policy_loss.design import DEFAULT_WORKSPACE_BYTES, TARGET_ROWS, Design, choose_design
+from dppo_kernels.linear_policy_loss.design import Design, choose_design
 from dppo_kernels.linear_policy_loss.rows import PolicyRows, stat_names
 from dppo_kernels.linear_policy_loss.task import Result, Task, two_pass_fwd
 from dppo_kernels.policy import Stat, check_policy_arguments, partial_sums, per_token, policy_loss

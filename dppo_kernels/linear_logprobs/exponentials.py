@@ -18,10 +18,23 @@ from torch import Tensor
 from dppo_kernels._row_stats import FINITE_MINUS_INF, pick_columns
 from dppo_kernels._tiling import TILE_ELEMENTS, WEIGHT_TILE_ELEMENTS, chunks
 from dppo_kernels.linear_logprobs.projection import Projection
-from dppo_kernels.linear_policy_loss.rows import Scores
 
 # Above it, e times an entry of the head could overflow; rows there are scaled by their largest logit instead.
 LARGEST_SUM = 2.0**64
+
+
+class Scores(NamedTuple):
+    """Statistics of scored rows."""
+
+    logprobs: Tensor  # [n]
+    entropy: Tensor | None  # [n]
+    gathered: Tensor | None  # [n, K] log-probs of `topk_ids`
+
+    def spread(self, places: Tensor, n: int) -> "Scores":
+        """Among `n` rows, at `places`; zeros elsewhere."""
+        return Scores(
+            *(None if x is None else x.new_zeros(n, *x.shape[1:]).index_copy_(0, places, x) for x in self)  # type: ignore[arg-type]
+        )
 
 
 class Exponentials(NamedTuple):
