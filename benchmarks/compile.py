@@ -50,7 +50,7 @@ def _cases(architecture: str, *, described: bool) -> list[Case]:
     import torch
 
     from dppo_kernels._tiling import pick_grad_plan, pick_lse_plan, pick_row_plan
-    from dppo_kernels.linear_logprobs import kernels, kernels_bwd, kernels_exp
+    from dppo_kernels.linear_logprobs import kernels, kernels_bwd, kernels_exp, kernels_unit
     from dppo_kernels.linear_logprobs.kernels_exp import ROW_BLOCK
     from dppo_kernels.linear_policy_loss import kernels as policy
     from dppo_kernels.linear_policy_loss.kernels_rows import policy_row_kernel
@@ -167,6 +167,26 @@ def _cases(architecture: str, *, described: bool) -> list[Case]:
             {**common, **partials, **finished, "is_top1_ptr": BOOL},
             {**stats, "BLOCK_N": kernels.FINISH_ROWS},
             1,
+        ),
+        Case(
+            kernels_unit.unit_gradient_kernel,
+            f"K 21, 32x{kernels_unit.GATHER_TILE // 32}",
+            {
+                **common,
+                **{f"{name}_ptr": FP32 for name in ("unit", "gradients", "logprobs")},
+                "weight_ptr": bf16,
+                "active_ptr": BOOL,
+                "out_ptr": bf16,
+            },
+            {
+                "HAS_SOFTCAP": True,
+                "stride_weight_h": 1,
+                "stride_out_h": 1,
+                "BLOCK_K": 32,
+                "BLOCK_H": kernels_unit.GATHER_TILE // 32,
+            },
+            4,
+            multiples_of_16=(*wide, "stride_out_n"),
         ),
         Case(kernels_bwd.picked_gradient_kernel, "K 21", common, {"HAS_SOFTCAP": False, "ENTROPY": True, "BLOCK_K": 32}, 1),
         Case(kernels_bwd.scatter_picked_kernel, "K 21", common, {"COLS": grad.strip_cols, "BLOCK_K": 32}, 1),

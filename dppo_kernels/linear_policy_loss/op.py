@@ -114,10 +114,9 @@ def linear_policy_loss(
     for name, value in {"loss_mask": loss_mask, "advantages": advantages, **per_token_inputs}.items():
         if value is not None:
             _checks.check_device(name, value, "hidden", hidden)
+    _checks.check_workspace_bytes(workspace_bytes)
     if workspace_bytes is None:
         workspace_bytes = DEFAULT_WORKSPACE_BYTES["cuda" if hidden.device.type == "cuda" else "cpu"]
-    elif type(workspace_bytes) is not int or workspace_bytes < 0:
-        raise ValueError(f"`workspace_bytes` must be an int >= 0, got {workspace_bytes!r}")
     autocast = autocast_dtype(hidden.device)
     compute_dtype = hidden.dtype if autocast is None or hidden.dtype == torch.float64 else autocast
     name = _backend.resolve("linear_policy_loss", backend, hidden.device, compute_dtype)
