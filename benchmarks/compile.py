@@ -60,10 +60,11 @@ def _cases(architecture: str, *, described: bool) -> list[Case]:
     import torch
 
     from dppo_kernels._tiling import pick_grad_plan, pick_lse_plan, pick_row_plan
-    from dppo_kernels.linear_logprobs import kernels, kernels_bwd
+    from dppo_kernels.linear_logprobs import kernels, kernels_bwd, kernels_exp, kernels_unit
+    from dppo_kernels.linear_logprobs.kernels_exp import ROW_BLOCK
     from dppo_kernels.linear_policy_loss import kernels as policy
     from dppo_kernels.linear_policy_loss.kernels_rows import policy_row_kernel
-    from dppo_kernels.linear_policy_loss.triton_impl import COPY_BLOCK, ROW_BLOCK
+    from dppo_kernels.linear_policy_loss.triton_impl import COPY_BLOCK
     from dppo_kernels.token_logprobs import kernels as token
 
     capability = {"80": (8, 0), "90": (9, 0), "100": (10, 0)}.get(architecture, (8, 0))
@@ -177,6 +178,26 @@ def _cases(architecture: str, *, described: bool) -> list[Case]:
             {**stats, "BLOCK_N": kernels.FINISH_ROWS},
             1,
         ),
+        Case(
+            kernels_unit.unit_gradient_kernel,
+            f"K 21, 32x{kernels_unit.GATHER_TILE // 32}",
+            {
+                **common,
+                **{f"{name}_ptr": FP32 for name in ("unit", "gradients", "logprobs")},
+                "weight_ptr": bf16,
+                "active_ptr": BOOL,
+                "out_ptr": bf16,
+            },
+            {
+                "HAS_SOFTCAP": True,
+                "stride_weight_h": 1,
+                "stride_out_h": 1,
+                "BLOCK_K": 32,
+                "BLOCK_H": kernels_unit.GATHER_TILE // 32,
+            },
+            4,
+            multiples_of_16=(*wide, "stride_out_n"),
+        ),
         Case(kernels_bwd.picked_gradient_kernel, "K 21", common, {"HAS_SOFTCAP": False, "ENTROPY": True, "BLOCK_K": 32}, 1),
         Case(kernels_bwd.scatter_picked_kernel, "K 21", common, {"COLS": grad.strip_cols, "BLOCK_K": 32}, 1),
         Case(
@@ -221,7 +242,7 @@ def _cases(architecture: str, *, described: bool) -> list[Case]:
     padded = -(-151936 // grad.block_v) * grad.block_v
     found.append(
         Case(
-            policy.exponentials_kernel,
+            kernels_exp.exponentials_kernel,
             f"{grad.block_n}x{grad.block_v}x{grad.block_h}",
             {**common, **chunk, "hidden": operand(grad.block_n, grad.block_h), "weight": operand(grad.block_v, grad.block_h)},
             {
@@ -260,7 +281,7 @@ def _cases(architecture: str, *, described: bool) -> list[Case]:
     }
     found += [
         Case(
-            policy.merge_sums_kernel,
+            kernels_exp.merge_sums_kernel,
             f"{ROW_BLOCK} rows",
             {**common, **chunk},
             {"ENTROPY": True, "REDO": False, "BLOCK_N": ROW_BLOCK, "PROJECTION_BLOCK_N": grad.block_n},
@@ -281,7 +302,7 @@ def _cases(architecture: str, *, described: bool) -> list[Case]:
             {"COLS": padded, "UPCAST": False, "BLOCK_H": COPY_BLOCK},
             4,
         ),
-        Case(policy.scatter_rows_kernel, f"{COPY_BLOCK}", {**common, **chunk}, {"BLOCK_H": COPY_BLOCK}, 4),
+        Case(kernels_exp.scatter_rows_kernel, f"{COPY_BLOCK}", {**common, **chunk}, {"BLOCK_H": COPY_BLOCK}, 4),
     ]
     for surrogate, kind in (("clip", ""), ("divergence", "binary_kl"), ("divergence", "topk_kl"), ("given", "")):
         found.append(

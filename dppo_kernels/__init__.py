@@ -9,7 +9,7 @@ from pathlib import Path
 from dppo_kernels.aggregate import REDUCTIONS, aggregate
 from dppo_kernels.divergence import DIVERGENCES, divergence, trust_region_mask
 from dppo_kernels.estimators import kl_estimate, log_ratio
-from dppo_kernels.linear_logprobs import LinearLogprobs, linear_logprobs
+from dppo_kernels.linear_logprobs import LinearLogprobs, explain_linear_logprobs, linear_logprobs
 from dppo_kernels.linear_policy_loss import PolicyAux, explain_linear_policy_loss, linear_policy_loss
 from dppo_kernels.policy import Stat, policy_loss
 from dppo_kernels.policy_spec import PRESETS, PolicyLossSpec
@@ -30,6 +30,7 @@ __all__ = [
     "__version__",
     "aggregate",
     "divergence",
+    "explain_linear_logprobs",
     "explain_linear_policy_loss",
     "kl_estimate",
     "linear_logprobs",

@@ -58,6 +58,11 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"`{name}` must be positive, got {value}")
 
 
+def check_workspace_bytes(value: object) -> None:
+    if value is not None and (type(value) is not int or value < 0):
+        raise ValueError(f"`workspace_bytes` must be an int >= 0, got {value!r}")
+
+
 def check_temperature(temperature: float | Tensor, ids: Tensor) -> None:
     if not isinstance(temperature, Tensor):
         check_positive("temperature", temperature)

@@ -13,6 +13,13 @@ TILE_ELEMENTS = 1 << 20  # logits
 TILE_ROWS = 512
 WEIGHT_TILE_ELEMENTS = 1 << 22  # of the head: upcast for the tile, and a gradient of the same size
 
+# Rows of exponentials [rows, V] made at one time. Measured on two Zen 3 cores (fp32, N 1024, H 512, V 32000): 256, 512 and 1024
+# rows took the same time within the noise of 5 %. The CUDA figures are not measured.
+TARGET_ROWS = {"cpu": 256, "cuda": 4096}
+DEFAULT_WORKSPACE_BYTES = {"cpu": 40 << 20, "cuda": 512 << 20}
+# Fewer rows than this starve the gradient GEMMs and reread the head too often: recomputing in tiles is better then.
+MIN_ROWS = 16
+
 
 class Tile(NamedTuple):
     """Rows x vocabulary columns of logits that exist at one time."""
@@ -130,6 +137,11 @@ def pick_row_chunk(vocab: int) -> int:
 def chunks(total: int, size: int) -> list[slice]:
     """`total` cut into consecutive slices of at most `size`."""
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def balanced(total: int, limit: int) -> int:
+    """Chunk size of at most `limit` so that the last chunk is not a sliver."""
+    return max(1, -(-total // max(1, -(-total // limit))))
 
 
 def matrix(buffer: Tensor, rows: int, cols: int) -> Tensor:

@@ -95,3 +95,10 @@ def merge_stats(m, s, d, q, m2, s2, d2, q2, ENTROPY: tl.constexpr, SUM_SQ: tl.co
 def nonpositive(x):
     """A log-prob that rounding pushed above 0, and NaN as it is."""
     return tl.where(x > 0, 0.0, x)
+
+
+@triton.jit
+def expm1_nonpositive(x):
+    """``exp(x) - 1`` for x <= 0, accurate in relative terms near 0 as well."""
+    t = tanh(x / 2)
+    return 2 * t / (1 - t)

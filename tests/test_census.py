@@ -108,6 +108,7 @@ def test_every_kernel_runs_in_the_interpreter() -> None:
     with counted_kernels() as work:
         scores = dppo_kernels.linear_logprobs(*leaves[:2], ids, bias=leaves[2], backend="triton")
         torch.autograd.grad(scores.logprobs.sum(), leaves)
+        dppo_kernels.linear_logprobs(leaves[0], weight.detach(), ids, backend="triton").logprobs.sum().backward()
         logits = torch.randn(N, V, requires_grad=True)
         dppo_kernels.token_logprobs(logits, ids, gather_ids=gather_ids, backend="triton").gathered.sum().backward()
         spec = dppo_kernels.PRESETS["dapo"].replace(entropy_coef=0.1)

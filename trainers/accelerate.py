@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dppo_kernels import _backend
 from dppo_kernels._numerics import autocast_dtype
+from dppo_kernels.linear_logprobs.op import FIELDS
 from dppo_kernels.trainers import _trl_seam, accelerate_grpo
 
 IGNORE_INDEX = -100
@@ -49,15 +50,16 @@ class LinearLogprobFunction(torch.autograd.Function):
         names = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
         asked = ("logprobs", *(name for name in names if name in outputs))
         scalars = (float(temperature), float(logit_scale), final_logit_softcapping, IGNORE_INDEX, compute_dtype)
-        logprobs, _, *optional, _, row_max, log_sum = torch.ops.dppo_kernels.linear_logprobs(
-            hidden, weight, bias, targets, None, None, *scalars, ",".join(asked), False, backend
+        design = ("recompute", 0)
+        results = torch.ops.dppo_kernels.linear_logprobs(
+            hidden, weight, bias, targets, None, None, *scalars, ",".join(asked), *design, False, backend
         )
-        by_name = dict(zip(names, optional, strict=True))
+        by_name = dict(zip(FIELDS, results, strict=True))
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(by_name[name] for name in names[1:] if name in asked))
-        ctx.save_for_backward(hidden, weight, bias, targets, row_max, log_sum, by_name["entropy"])
+        ctx.save_for_backward(hidden, weight, bias, targets, *(by_name[name] for name in ("row_max", "log_sum", "entropy")))
         ctx.scalars = (*scalars, backend)
-        return logprobs, *(by_name[name] if name in asked else None for name in names)
+        return by_name["logprobs"], *(by_name[name] if name in asked else None for name in names)
 
     @staticmethod
     def backward(ctx: Any, dlogprobs: Tensor | None, dentropy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -65,7 +67,20 @@ class LinearLogprobFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         with getattr(_trl_seam.trainer_utils, _trl_seam.GATHER_HEAD)(weight, bias):
             gradients = torch.ops.dppo_kernels.linear_logprobs_backward(
-                dlogprobs, None, dentropy, None, hidden, weight, bias, targets, None, None, *statistics, *ctx.scalars, *needs
+                dlogprobs,
+                None,
+                dentropy,
+                None,
+                hidden,
+                weight,
+                bias,
+                targets,
+                None,
+                None,
+                *statistics,
+                None,
+                *ctx.scalars,
+                *needs,
             )
         return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 6)
 

@@ -1,4 +1,4 @@
-"""Public `linear_logprobs` and its custom ops ``dppo_kernels::linear_logprobs{,_backward}``."""
+"""Public `linear_logprobs` and its custom ops ``dppo_kernels::linear_logprobs{,_backward,_unit_backward}``."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -9,7 +9,9 @@ from torch import Tensor
 from dppo_kernels import _backend, _checks
 from dppo_kernels._numerics import autocast_dtype, split_temperature, stat_dtype
 from dppo_kernels._row_stats import OUTPUTS, Upstream
-from dppo_kernels.linear_logprobs import torch_impl
+from dppo_kernels._tiling import DEFAULT_WORKSPACE_BYTES, TARGET_ROWS
+from dppo_kernels.linear_logprobs import torch_impl, unit_gradient
+from dppo_kernels.linear_logprobs.design import Design, choose_design
 from dppo_kernels.linear_logprobs.projection import Projection
 from dppo_kernels.linear_logprobs.reference import linear_logprobs_ref
 
@@ -38,6 +40,7 @@ def linear_logprobs(
     softcap: float | None = None,
     ignore_index: int = -100,
     outputs: Sequence[str] = ("logprobs",),
+    workspace_bytes: int | None = None,
     backend: str | None = None,
     check_values: bool = False,
 ) -> LinearLogprobs:
@@ -46,6 +49,11 @@ def linear_logprobs(
     ``z = softcap * tanh(logit_scale * (h W^T + b) / softcap) / temperature``; without soft-cap
     ``z = logit_scale * (h W^T + b) / temperature``. ``logprobs = z[id] - logsumexp(z)``, ``entropy = -sum p log p``. Log-prob,
     entropy, LSE and gathered log-probs are differentiable in hidden, weight and bias; any of the three may be frozen.
+
+    Where only hidden is trained, the forward saves the gradient of the log-probs, [N, H] (4 NHV FLOPs in all; recomputing
+    takes 6), and the backward multiplies no matrices. A gradient at the entropy recomputes all the same: pass
+    ``workspace_bytes=0`` if there will be one, or if fewer than half of the rows will have a gradient.
+    `explain_linear_logprobs` says what serves a call. Designs agree to rounding, not in every bit.
 
     Args:
         hidden: [..., H] hidden states, already shifted: row t predicts ``ids[t]``.
@@ -58,6 +66,9 @@ def linear_logprobs(
         softcap: Gemma-style soft-cap of the logits.
         outputs: any of "logprobs", "lse", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"; the last three carry no
             gradient. Outputs not asked for are None and cost nothing.
+        workspace_bytes: memory that may save work. Only hidden trained: bound of the chunk of exponentials that exists during
+            the forward (default 40 MiB on CPU, 512 MiB on CUDA). Head trained: logits that are kept until the backward, whose
+            rows then cost 6 NHV instead of 8 (default 0; "torch" only). 0 keeps nothing and recomputes.
         backend: "auto" (default: "triton" on CUDA, else "torch"), "triton", "torch" or "reference"; also set by
             ``DPPO_KERNELS_BACKEND``. float64 runs on "torch".
         check_values: check the range of ids on CUDA too (a host sync); on CPU they are always checked.
@@ -66,7 +77,7 @@ def linear_logprobs(
         `LinearLogprobs`, in float32 (float64 for float64 inputs).
 
     Raises:
-        TypeError: wrong type or dtype. ValueError: wrong shape, device, id, temperature, output or backend.
+        TypeError: wrong type or dtype. ValueError: wrong shape, device, id, temperature, output, workspace or backend.
 
     Source: online softmax, Milakov & Gimelshein (arXiv 1805.02867); recomputed tiles, Wijmans et al. (arXiv 2411.09009).
     """
@@ -75,6 +86,7 @@ def linear_logprobs(
         raise ValueError(f"`outputs` must be a sequence naming at least one of {', '.join(OUTPUTS)}; got {outputs!r}")
     for output in outputs:
         _checks.check_choice("outputs", output, OUTPUTS)
+    _checks.check_workspace_bytes(workspace_bytes)
     autocast = autocast_dtype(hidden.device)
     compute_dtype = hidden.dtype if autocast is None or hidden.dtype == torch.float64 else autocast
     name = _backend.resolve("linear_logprobs", backend, hidden.device, compute_dtype)
@@ -101,6 +113,10 @@ def linear_logprobs(
                 ignore_index=ignore_index,
             )
     else:
+        # Above autograd: inside the op nothing requires a gradient.
+        trained = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+        asked = (*outputs, *(("gathered",) if gather_ids is not None else ()))
+        design = _design(trained, asked, weight.shape[0], compute_dtype, hidden.device, workspace_bytes, name)
         flat = torch.ops.dppo_kernels.linear_logprobs(
             hidden,
             weight,
@@ -114,18 +130,76 @@ def linear_logprobs(
             ignore_index,
             compute_dtype,
             ",".join(outputs),
+            design.name,
+            design.rows,
             check_values,
             name,
         )
-        values = dict(zip(_FIELDS, flat, strict=True))
+        values = dict(zip(FIELDS, flat, strict=True))
     wanted = {key: values[key].reshape(lead) for key in outputs}
     if gather_ids is not None:
         wanted["gathered"] = values["gathered"].reshape(*lead, gather_ids.shape[1])
     return LinearLogprobs(**{field: wanted.get(field) for field in LinearLogprobs._fields})
 
 
-# What the forward op returns, in order. Not asked for: an empty tensor. The last two are saved for the backward.
-_FIELDS = (*OUTPUTS, "gathered", "row_max", "log_sum")
+def explain_linear_logprobs(
+    *,
+    vocab: int,
+    needs_gradient: tuple[bool, bool, bool] = (True, True, False),
+    outputs: Sequence[str] = ("logprobs",),
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    workspace_bytes: int | None = None,
+    backend: str | None = None,
+) -> str:
+    """Which design serves a call of `linear_logprobs`, in words.
+
+    Args:
+        vocab: V.
+        needs_gradient: whether hidden, weight and bias require a gradient.
+        outputs: as in `linear_logprobs`, and "gathered" where `gather_ids` are given.
+        dtype: of hidden and weight (under autocast: the autocast dtype).
+        device: where they are.
+        workspace_bytes: as in `linear_logprobs`.
+        backend: as in `linear_logprobs`.
+    """
+    device = torch.device(device)
+    for output in outputs:
+        _checks.check_choice("outputs", output, (*OUTPUTS, "gathered"))
+    _checks.check_workspace_bytes(workspace_bytes)
+    name = _backend.resolve("linear_logprobs", backend, device, dtype)
+    if name == "reference":
+        return "reference: autograd through row chunks that are recomputed"
+    return f"{name}: {_design(needs_gradient, outputs, vocab, dtype, device, workspace_bytes, name).explain()}"
+
+
+def _design(
+    needs: Sequence[bool],
+    outputs: Sequence[str],
+    vocab: int,
+    compute_dtype: torch.dtype,
+    device: torch.device,
+    workspace_bytes: int | None,
+    backend: str,
+) -> Design:
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    return choose_design(
+        needs=(needs[0], needs[1], needs[2]),
+        outputs=outputs,
+        vocab=vocab,
+        element_size=(compute_dtype if backend == "triton" else stat_dtype(compute_dtype)).itemsize,
+        exponent_range=backend != "triton" or compute_dtype != torch.float16,
+        keeps=backend != "triton",
+        workspace_bytes=workspace_bytes,
+        default_bytes=DEFAULT_WORKSPACE_BYTES[kind],
+        target_rows=TARGET_ROWS[kind],
+    )
+
+
+# What the forward op returns, in order. Not asked for: an empty tensor. Those of _SAVED are for the backward: the log-sum-exp
+# in two parts, the unit gradient and the log-probs of target and gathered ids, logits that were kept.
+_SAVED = ("row_max", "log_sum", "unit", "picked", "kept")
+FIELDS = (*OUTPUTS, "gathered", *_SAVED)
 _DIFFERENTIABLE = ("logprobs", "lse", "entropy", "gathered")
 
 
@@ -143,9 +217,11 @@ def _forward_op(
     ignore_index: int,
     compute_dtype: torch.dtype,
     outputs: str,
+    design: str,
+    design_rows: int,
     check_values: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     if hidden.device.type == "cpu" or check_values:
         _checks.check_values(ids, gather_ids, row_temperature, weight.shape[0], ignore_index)
     asked = frozenset(outputs.split(","))
@@ -153,7 +229,18 @@ def _forward_op(
         hidden, weight, bias, temperature if row_temperature is None else row_temperature, logit_scale, softcap, compute_dtype
     )
     with torch.autocast(hidden.device.type, enabled=False):
-        values = implementation(backend)[0](projection, ids, gather_ids, ignore_index=ignore_index, outputs=asked)
+        if design == "unit":
+            values = unit_implementation(backend)[0](
+                projection,
+                ids,
+                gather_ids,
+                ignore_index=ignore_index,
+                with_entropy="entropy" in asked,
+                chunk_rows=design_rows,
+            )
+        else:
+            keep = {"keep_rows": min(design_rows, ids.shape[0])} if design == "keep" else {}
+            values = implementation(backend)[0](projection, ids, gather_ids, ignore_index=ignore_index, outputs=asked, **keep)
     return _pack(values, asked, projection.dtype, hidden)
 
 
@@ -161,15 +248,18 @@ def _forward_op(
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, gather_ids: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
-    compute_dtype, outputs, *_ = rest[-4:]
-    asked, dtype = frozenset(outputs.split(",")), stat_dtype(compute_dtype)
+    compute_dtype, outputs, design, design_rows, *_ = rest[-6:]
+    asked, dtype, n = frozenset(outputs.split(",")), stat_dtype(compute_dtype), ids.shape[0]
     values = {
-        name: hidden.new_empty(ids.shape[0], dtype=torch.bool if name == "is_top1" else dtype)
-        for name in _FIELDS
-        if name != "gathered"
+        name: hidden.new_empty(n, dtype=torch.bool if name == "is_top1" else dtype) for name in (*OUTPUTS, "row_max", "log_sum")
     }
     if gather_ids is not None:
         values["gathered"] = hidden.new_empty(gather_ids.shape, dtype=dtype)
+    if design == "unit":
+        values["unit"] = hidden.new_empty(hidden.shape, dtype=dtype)
+        values["picked"] = hidden.new_empty((n, 1 + (0 if gather_ids is None else gather_ids.shape[1])), dtype=dtype)
+    if design == "keep":
+        values["kept"] = hidden.new_empty((min(design_rows, n), weight.shape[0]), dtype=dtype)
     return _pack(values, asked, dtype, hidden)
 
 
@@ -182,13 +272,22 @@ def implementation(backend: str) -> tuple[Callable[..., dict[str, Tensor]], Call
     return torch_impl.linear_logprobs_fwd, torch_impl.linear_logprobs_bwd
 
 
+def unit_implementation(backend: str) -> tuple[Callable[..., dict[str, Tensor]], Callable[..., Tensor]]:
+    """(forward, backward) of a backend for a frozen head whose unit gradient is saved."""
+    if backend == "triton":
+        from dppo_kernels.linear_logprobs import kernels_unit
+
+        return kernels_unit.unit_gradient_fwd, kernels_unit.unit_gradient_bwd
+    return unit_gradient.unit_gradient_fwd, unit_gradient.unit_gradient_bwd
+
+
 def _pack(values: dict[str, Tensor], asked: frozenset[str], dtype: torch.dtype, like: Tensor) -> Any:
-    always = ("gathered", "row_max", "log_sum")
+    always = ("gathered", *_SAVED)
     return tuple(
         values[name]
         if name in values and (name in asked or name in always)
         else like.new_empty(0, dtype=torch.bool if name == "is_top1" else dtype)
-        for name in _FIELDS
+        for name in FIELDS
     )
 
 
@@ -207,6 +306,7 @@ def _backward_op(
     row_max: Tensor,
     log_sum: Tensor,
     entropy: Tensor,
+    kept: Tensor | None,
     temperature: float,
     logit_scale: float,
     softcap: float | None,
@@ -223,6 +323,8 @@ def _backward_op(
     saved = {"row_max": row_max, "log_sum": log_sum}
     if dentropy is not None:
         saved["entropy"] = entropy
+    if kept is not None:
+        saved["kept"] = kept
     with torch.autocast(hidden.device.type, enabled=False):
         grads = implementation(backend)[1](
             projection,
@@ -254,28 +356,80 @@ def _(
     return dhidden, dweight, dbias
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, ids, gather_ids, row_temperature, *scalars, outputs, _, backend = inputs
-    values = dict(zip(_FIELDS, output, strict=True))
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*(values[name] for name in _FIELDS if name not in _DIFFERENTIABLE))
-    ctx.save_for_backward(
-        hidden, weight, bias, ids, gather_ids, row_temperature, values["row_max"], values["log_sum"], values["entropy"]
+@torch.library.custom_op("dppo_kernels::linear_logprobs_unit_backward", mutates_args=())
+def _unit_backward_op(
+    dlogprobs: Tensor | None,
+    dlse: Tensor | None,
+    dgathered: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    gather_ids: Tensor | None,
+    row_temperature: Tensor | None,
+    row_max: Tensor,
+    log_sum: Tensor,
+    unit: Tensor,
+    picked: Tensor,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    compute_dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    projection = Projection(
+        hidden, weight, None, temperature if row_temperature is None else row_temperature, logit_scale, softcap, compute_dtype
     )
-    ctx.scalars = (*scalars, backend)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return unit_implementation(backend)[1](
+            projection,
+            ids,
+            gather_ids,
+            Upstream(dlogprobs, dlse, None, dgathered),
+            {"unit": unit, "picked": picked, "row_max": row_max, "log_sum": log_sum},
+            ignore_index=ignore_index,
+        )
+
+
+@_unit_backward_op.register_fake
+def _(dlogprobs: Tensor | None, dlse: Tensor | None, dgathered: Tensor | None, hidden: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(hidden)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, ids, gather_ids, row_temperature, *scalars, outputs, design, _, _, backend = inputs
+    values = dict(zip(FIELDS, output, strict=True))
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*(values[name] for name in FIELDS if name not in _DIFFERENTIABLE))
+    ctx.save_for_backward(
+        *(hidden, weight, bias, ids, gather_ids, row_temperature, values["entropy"]),
+        *(values[name] for name in _SAVED),
+    )
+    ctx.scalars, ctx.design = (*scalars, backend), design
     ctx.outputs = outputs.split(",")
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    hidden, weight, bias, *rest = ctx.saved_tensors
-    by_name = dict(zip(_FIELDS, grads, strict=True))
+    hidden, weight, bias, ids, gather_ids, row_temperature, entropy, row_max, log_sum, unit, picked, kept = ctx.saved_tensors
+    by_name = dict(zip(FIELDS, grads, strict=True))
     # A placeholder can be handed a (materialised) gradient under torch.compile; only asked-for outputs count.
-    upstream = [by_name[name] if name in (*ctx.outputs, "gathered") else None for name in _DIFFERENTIABLE]
-    if rest[1] is None:  # no gather_ids
-        upstream[-1] = None
+    dlogprobs, dlse, dentropy, dgathered = (by_name[k] if k in (*ctx.outputs, "gathered") else None for k in _DIFFERENTIABLE)
+    if gather_ids is None:
+        dgathered = None
+    constants = (None,) * 13
+    rows = (ids, gather_ids, row_temperature, row_max, log_sum)
+    if ctx.design == "unit" and dentropy is None:
+        dhidden = torch.ops.dppo_kernels.linear_logprobs_unit_backward(
+            dlogprobs, dlse, dgathered, hidden, weight, *rows, unit, picked, *ctx.scalars
+        )
+        return (dhidden, None, None, *constants)
     needs = ctx.needs_input_grad[:3]
-    gradients = torch.ops.dppo_kernels.linear_logprobs_backward(*upstream, hidden, weight, bias, *rest, *ctx.scalars, *needs)
-    return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 11)
+    if ctx.design != "keep":
+        kept = None
+    gradients = torch.ops.dppo_kernels.linear_logprobs_backward(
+        dlogprobs, dlse, dentropy, dgathered, hidden, weight, bias, *rows, entropy, kept, *ctx.scalars, *needs
+    )
+    return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), *constants)
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)

@@ -82,6 +82,12 @@ class Projection:
             z /= self.temperature
         return z, slope
 
+    def bent(self, z: Tensor, rows: slice) -> Tensor:
+        """The tanh that the soft-cap made the logits `z` [rows, any] of."""
+        assert self.softcap is not None
+        temperature = self.temperature[rows, None] if isinstance(self.temperature, Tensor) else self.temperature
+        return z * (temperature / self.softcap)
+
     def row_slopes(self, n: int) -> Tensor:
         """``logit_scale / temperature`` [n]: what is left of dz / d(h W^T + b) without a soft-cap."""
         if isinstance(self.temperature, Tensor):

@@ -1,9 +1,10 @@
 """Tiled torch implementation of the linear log-prob family, with a recomputing backward.
 
 Only one tile of logits (rows x vocabulary columns, in the statistics' precision) exists at a time. Saved for the backward: the
-inputs, and per row the maximum, the log-sum relative to it and the entropy. Vocabulary tiles are the outer loop, so a weight
-tile is read (and upcast) once and a tile of ``dweight`` is accumulated in full precision and rounded once.
-FLOPs: forward 2 NHV; backward 2 NHV recompute + 2 NHV per gradient of hidden and weight, over rows with upstream gradient only.
+inputs, and per row the maximum, the log-sum relative to it and the entropy; if asked, the logits of the first rows as well.
+Vocabulary tiles are the outer loop, so a weight tile is read (and upcast) once and a tile of ``dweight`` is accumulated in full
+precision and rounded once. FLOPs: forward 2 NHV; backward 2 NHV recompute (not of rows whose logits were kept) + 2 NHV per
+gradient of hidden and weight, over rows with upstream gradient only.
 """
 
 import torch
@@ -15,9 +16,18 @@ from dppo_kernels.linear_logprobs.projection import Projection
 
 
 def linear_logprobs_fwd(
-    projection: Projection, ids: Tensor, gather_ids: Tensor | None, *, ignore_index: int, outputs: frozenset[str]
+    projection: Projection,
+    ids: Tensor,
+    gather_ids: Tensor | None,
+    *,
+    ignore_index: int,
+    outputs: frozenset[str],
+    keep_rows: int = 0,
 ) -> dict[str, Tensor]:
-    """Outputs by name plus `row_max` and `log_sum`, for all N rows; rows that `ids` ignores never enter a GEMM and are 0."""
+    """Outputs by name plus `row_max` and `log_sum`, for all N rows; rows that `ids` ignores never enter a GEMM and are 0.
+
+    `keep_rows`: for how many of the first rows to score ``kept`` [keep_rows, V] holds the logits.
+    """
     n = ids.shape[0]
     rows = (ids != ignore_index).nonzero().squeeze(1)
     active = projection.select(rows)
@@ -25,14 +35,18 @@ def linear_logprobs_fwd(
     vocab = projection.weight.shape[0]
     tile = pick_linear_tile(rows.shape[0], *projection.weight.shape)
     buffer = active.hidden.new_empty(tile.rows * tile.cols, dtype=active.dtype)
+    kept = active.hidden.new_empty((keep_rows, vocab), dtype=active.dtype)
     for cols in chunks(vocab, tile.cols) if rows.shape[0] else ():
         w = active.weight_columns(cols)
         for part in chunks(rows.shape[0], tile.rows):
             h = active.hidden_rows(part)
             z, _ = active.logits(h, w, part, cols, matrix(buffer, h.shape[0], w.shape[0]))
+            room = kept[part, cols]
+            room.copy_(z[: room.shape[0]])
             stats.update(part, cols.start, z)
     finished = stats.finish()
-    return {name: value.new_zeros(n, *value.shape[1:]).index_copy_(0, rows, value) for name, value in finished.items()}
+    out = {name: value.new_zeros(n, *value.shape[1:]).index_copy_(0, rows, value) for name, value in finished.items()}
+    return {**out, "kept": kept} if keep_rows else out
 
 
 def linear_logprobs_bwd(
@@ -40,14 +54,15 @@ def linear_logprobs_bwd(
     ids: Tensor,
     gather_ids: Tensor | None,
     upstream: Upstream,
-    saved: dict[str, Tensor],  # row_max, log_sum, and entropy where it has an upstream gradient
+    saved: dict[str, Tensor],  # row_max, log_sum, entropy where it has an upstream gradient, and kept if logits were
     *,
     ignore_index: int,
     needs: tuple[bool, bool, bool],  # hidden, weight, bias
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden, weight and bias in their own dtypes; rows without upstream gradient never enter a GEMM."""
     needs_hidden, needs_weight, needs_bias = needs
-    rows, _ = upstream.partition(ids != ignore_index)
+    counted = ids != ignore_index
+    rows, _ = upstream.partition(counted)
     n_rows, vocab = rows.shape[0], projection.weight.shape[0]
     active, dtype = projection.select(rows), projection.dtype
     hidden, weight, bias = projection.hidden, projection.weight, projection.bias
@@ -56,17 +71,30 @@ def linear_logprobs_bwd(
     dbias = torch.zeros_like(bias) if needs_bias and bias is not None else None
 
     upstream = upstream.take(rows, dtype)
-    per_row = {name: value[rows] for name, value in saved.items()}
+    kept = saved.get("kept")
+    per_row = {name: value[rows] for name, value in saved.items() if name != "kept"}
     row_ids, row_gather_ids = ids[rows], None if gather_ids is None else gather_ids[rows]
     tile = pick_linear_tile(n_rows, *weight.shape)
     buffer = hidden.new_empty(tile.rows * tile.cols, dtype=dtype)
+    n_kept = 0
+    if kept is not None:  # rows are in ascending order both here and in the forward: those whose logits were kept come first
+        place = (counted.cumsum(0) - 1)[rows]
+        n_kept = int((place < kept.shape[0]).sum())
+    parts = chunks(n_kept, tile.rows) + [slice(n_kept + x.start, n_kept + x.stop) for x in chunks(n_rows - n_kept, tile.rows)]
     for cols in chunks(vocab, tile.cols) if n_rows else ():
         w = active.weight_columns(cols)
         dw = torch.zeros_like(w) if needs_weight else None
         db = w.new_zeros(w.shape[0]) if dbias is not None else None
-        for part in chunks(n_rows, tile.rows):
+        for part in parts:
             h = active.hidden_rows(part)
-            z, slope = active.logits(h, w, part, cols, matrix(buffer, h.shape[0], w.shape[0]), with_slope=True)
+            z = matrix(buffer, h.shape[0], w.shape[0])
+            if kept is not None and part.stop <= n_kept:
+                slope = None
+                torch.index_select(kept[:, cols], 0, place[part], out=z)
+                if active.softcap is not None:
+                    slope = 1 - active.bent(z, part).square_()
+            else:
+                z, slope = active.logits(h, w, part, cols, z, with_slope=True)
             dz = logits_gradient(
                 z,
                 cols.start,

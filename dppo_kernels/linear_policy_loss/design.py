@@ -2,12 +2,7 @@
 
 from typing import NamedTuple
 
-# Rows of exponentials [rows, V] made at one time. Measured on two Zen 3 cores (fp32, N 1024, H 512, V 32000): 256, 512 and 1024
-# rows took the same time within the noise of 5 %. The CUDA figures are not measured.
-TARGET_ROWS = {"cpu": 256, "cuda": 4096}
-DEFAULT_WORKSPACE_BYTES = {"cpu": 40 << 20, "cuda": 512 << 20}
-# Fewer rows than this starve the gradient GEMMs and reread the head too often: recomputing in tiles is better then.
-MIN_ROWS = 16
+from dppo_kernels._tiling import MIN_ROWS, balanced
 
 
 class Design(NamedTuple):
@@ -57,12 +52,7 @@ def choose_design(
     if fit < min(MIN_ROWS, max(n_rows, 1)):
         return Design("recompute")
     if ratio_level == "token":
-        return Design("forward", _balanced(n_rows, min(fit, target_rows)), 1)
+        return Design("forward", balanced(n_rows, min(fit, target_rows)), 1)
     slots = max(1, -(-min(fit, n_rows) // target_rows))
     chunk_rows = max(1, min(fit, n_rows) // slots)
     return Design("keep", chunk_rows, slots, longest_sequence > slots * chunk_rows)
-
-
-def _balanced(total: int, limit: int) -> int:
-    """Chunk size of at most `limit` so that the last chunk is not a sliver."""
-    return max(1, -(-total // max(1, -(-total // limit))))

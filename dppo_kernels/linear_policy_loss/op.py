@@ -9,12 +9,13 @@ from torch import Tensor
 
 from dppo_kernels import _backend, _checks
 from dppo_kernels._numerics import autocast_dtype, split_temperature, stat_dtype
+from dppo_kernels._tiling import DEFAULT_WORKSPACE_BYTES, TARGET_ROWS
 from dppo_kernels.aggregate import reduction_weights
 from dppo_kernels.linear_logprobs import linear_logprobs
 from dppo_kernels.linear_logprobs.op import check_linear_arguments, implementation
 from dppo_kernels.linear_logprobs.projection import Projection
 from dppo_kernels.linear_policy_loss import torch_impl
-from dppo_kernels.linear_policy_loss.design import DEFAULT_WORKSPACE_BYTES, TARGET_ROWS, Design, choose_design
+from dppo_kernels.linear_policy_loss.design import Design, choose_design
 from dppo_kernels.linear_policy_loss.rows import PolicyRows, stat_names
 from dppo_kernels.linear_policy_loss.task import Result, Task, two_pass_fwd
 from dppo_kernels.policy import Stat, check_policy_arguments, partial_sums, per_token, policy_loss
@@ -113,10 +114,9 @@ def linear_policy_loss(
     for name, value in {"loss_mask": loss_mask, "advantages": advantages, **per_token_inputs}.items():
         if value is not None:
             _checks.check_device(name, value, "hidden", hidden)
+    _checks.check_workspace_bytes(workspace_bytes)
     if workspace_bytes is None:
         workspace_bytes = DEFAULT_WORKSPACE_BYTES["cuda" if hidden.device.type == "cuda" else "cpu"]
-    elif type(workspace_bytes) is not int or workspace_bytes < 0:
-        raise ValueError(f"`workspace_bytes` must be an int >= 0, got {workspace_bytes!r}")
     autocast = autocast_dtype(hidden.device)
     compute_dtype = hidden.dtype if autocast is None or hidden.dtype == torch.float64 else autocast
     name = _backend.resolve("linear_policy_loss", backend, hidden.device, compute_dtype)

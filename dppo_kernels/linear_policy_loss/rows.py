@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dppo_kernels.linear_logprobs.exponentials import Scores
 from dppo_kernels.policy import Stat, partial_sums
 from dppo_kernels.policy_spec import PolicyLossSpec
 from dppo_kernels.surrogates import Tokens, gradient_on_logprobs, metric_names, token_losses
@@ -38,20 +39,6 @@ class PolicyRows(NamedTuple):
         if spec.ratio_level == "sequence":  # one active token needs the ratio of its whole sequence
             return self.mask & active.view(-1, sequence_length).any(1, keepdim=True).expand(-1, sequence_length).reshape(-1)
         return active
-
-
-class Scores(NamedTuple):
-    """Statistics of scored rows."""
-
-    logprobs: Tensor  # [n]
-    entropy: Tensor | None  # [n]
-    gathered: Tensor | None  # [n, K] log-probs of `topk_ids`
-
-    def spread(self, places: Tensor, n: int) -> "Scores":
-        """Among `n` rows, at `places`; zeros elsewhere."""
-        return Scores(
-            *(None if x is None else x.new_zeros(n, *x.shape[1:]).index_copy_(0, places, x) for x in self)  # type: ignore[arg-type]
-        )
 
 
 class RowLoss(NamedTuple):

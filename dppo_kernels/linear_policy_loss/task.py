@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from dppo_kernels._row_stats import Upstream
+from dppo_kernels.linear_logprobs.exponentials import Scores
 from dppo_kernels.linear_logprobs.projection import Projection
 from dppo_kernels.linear_policy_loss.design import Design
-from dppo_kernels.linear_policy_loss.rows import PolicyRows, RowLoss, Scores, row_loss, stat_names
+from dppo_kernels.linear_policy_loss.rows import PolicyRows, RowLoss, row_loss, stat_names
 from dppo_kernels.policy import Stat, partial_sums
 from dppo_kernels.policy_spec import PolicyLossSpec
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from dppo_kernels._tiling import chunks
+from dppo_kernels.linear_logprobs.exponentials import Exponentials, Scores, exponentials, gradient_operand, weight_tiles
 from dppo_kernels.linear_logprobs.projection import Projection
-from dppo_kernels.linear_policy_loss.exponentials import Exponentials, exponentials, gradient_operand, weight_tiles
-from dppo_kernels.linear_policy_loss.rows import RowLoss, Scores, row_loss
+from dppo_kernels.linear_policy_loss.rows import RowLoss, row_loss
 from dppo_kernels.linear_policy_loss.task import Result, Task
 
 

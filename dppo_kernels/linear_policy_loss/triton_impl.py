@@ -6,30 +6,24 @@ row stage in torch; chunks that no longer have a slot are projected again. The h
 be; kernels of a chunk without rows return at once.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from dppo_kernels._tiling import GradPlan, chunks, pick_grad_plan
-from dppo_kernels._triton import INTERPRET, can_describe, capability, launch_on, operand
+from dppo_kernels._tiling import GradPlan, chunks
+from dppo_kernels._triton import INTERPRET, launch_on, operand
+from dppo_kernels.linear_logprobs.exponentials import Scores
 from dppo_kernels.linear_logprobs.kernels import CompactRows, compact_rows, gather_logits
 from dppo_kernels.linear_logprobs.kernels_bwd import accumulate_gemm_kernel, column_sums_kernel
-from dppo_kernels.linear_policy_loss.kernels import (
-    entropy_gradient_kernel,
-    exponentials_kernel,
-    merge_sums_kernel,
-    move_rows_kernel,
-    scale_rows_kernel,
-    scatter_rows_kernel,
-)
+from dppo_kernels.linear_logprobs.kernels_exp import ROW_BLOCK, ChunkLauncher, Sums, scatter_rows_kernel
+from dppo_kernels.linear_policy_loss.kernels import entropy_gradient_kernel, move_rows_kernel, scale_rows_kernel
 from dppo_kernels.linear_policy_loss.kernels_rows import policy_row_kernel
-from dppo_kernels.linear_policy_loss.rows import PolicyRows, Scores, row_loss, stat_names
+from dppo_kernels.linear_policy_loss.rows import PolicyRows, row_loss, stat_names
 from dppo_kernels.linear_policy_loss.task import Result, Task
 from dppo_kernels.policy import Stat
 
-ROW_BLOCK = 32  # rows per program of the row stage: many small programs, it waits for loads
 COPY_BLOCK = 1024
 
 
@@ -39,14 +33,6 @@ class Group(NamedTuple):
     rows: CompactRows  # `order` holds the caller's rows
     ids: Tensor  # [n] int64 compacted order
     z: Tensor  # [n, 1 + K] logits of the ids and the gathered ids, compacted order
-
-
-class Sums(NamedTuple):
-    """Of a chunk's rows; [chunk_rows] each."""
-
-    anchor: Tensor
-    rest: Tensor
-    dot: Tensor
 
 
 class Prepared(NamedTuple):
@@ -69,36 +55,23 @@ def linear_policy_loss_fwd(task: Task, plan: GradPlan | None = None, descriptors
     return result
 
 
-class _Launcher:
+class _Launcher(ChunkLauncher):
     def __init__(self, task: Task, result: Result, plan: GradPlan | None, descriptors: bool | None) -> None:
-        x = task.projection
+        super().__init__(
+            task.projection,
+            task.design.chunk_rows,
+            with_dot=task.with_entropy,
+            fold_slope=task.entropy_weight is None,
+            plan=plan,
+            descriptors=descriptors,
+        )
         self.task, self.result = task, result
         self.rows = PolicyRows(*(None if v is None else v.contiguous() for v in task.rows))  # type: ignore[arg-type]
-        self.weight = x.weight.to(x.compute_dtype)
-        self.vocab, self.width = self.weight.shape
-        self.device = x.hidden.device
-        self.with_dot = task.with_entropy
-        aligned = torch.empty(1, self.width, dtype=x.compute_dtype, device=self.device)  # compacted rows are contiguous
-        self.described = can_describe(self.device, aligned, self.weight, wanted=descriptors)
-        chosen = pick_grad_plan(capability(self.device), x.compute_dtype, self.described, softcap=x.softcap is not None)
-        self.plan = plan = plan or chosen
-        n = task.rows.mask.shape[0]
-        self.chunk_rows = triton.cdiv(min(task.design.chunk_rows, n), plan.block_n) * plan.block_n
-        self.cols = triton.cdiv(self.vocab, plan.block_v) * plan.block_v
-        # Kernels of an interpreter round bfloat16 wrongly, so there everything stays in fp32.
-        self.stored = torch.float32 if INTERPRET else x.compute_dtype
-        self.slots = [self.new((self.chunk_rows, self.cols), self.stored) for _ in range(task.design.slots)]
-        n_blocks = self.cols // plan.block_v
-        self.partials = [self.new((n_blocks, self.chunk_rows)) for _ in range(3)]
+        self.slots = [self.new_slot() for _ in range(task.design.slots)]
         self.placeholder = self.new(1)
         entropy_weight = task.entropy_weight
         self.entropy_weight = self.placeholder if entropy_weight is None else entropy_weight.float().reshape(1)
         self.scored = task.to_score()
-        self.tile = {"DESCRIPTOR": self.described, "UPCAST": INTERPRET}
-        self.launch = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
-
-    def new(self, shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.device)
 
     def run(self) -> None:
         task, n = self.task, self.task.rows.mask.shape[0]
@@ -125,8 +98,8 @@ class _Launcher:
             self.gradients(group, part, self.slots[0], sums, prepared)
         self.result.loss += losses.sum()
         count = self.scored.sum()
-        sums, maxima = stats[..., 0].sum(0), stats[..., 1].amax(0)
-        self.result.stats = {name: Stat(sums[i], count, maxima[i]) for i, name in enumerate(names)}
+        totals, maxima = stats[..., 0].sum(0), stats[..., 1].amax(0)
+        self.result.stats = {name: Stat(totals[i], count, maxima[i]) for i, name in enumerate(names)}
 
     def run_sequences(self, part: slice) -> None:
         task, result = self.task, self.result
@@ -170,61 +143,7 @@ class _Launcher:
         return Group(compacted._replace(order=compacted.order + part.start), ids[compacted.order], z)
 
     def project(self, group: Group, part: slice, slot: Tensor) -> Sums:
-        """Exponentials of a chunk in `slot`, and their sums."""
-        x, plan, rows = self.task.projection, self.plan, group.rows
-        sums = Sums(*(self.new(self.chunk_rows) for _ in range(3)))
-        size = part.stop - part.start
-        sums.anchor[:size] = group.z[part, 0]
-        row_blocks = self.chunk_rows // plan.block_n
-        redo = torch.zeros(row_blocks, dtype=torch.int32, device=self.device)
-        for again in (False, True):
-            exponentials_kernel[(row_blocks, self.cols // plan.block_v)](
-                operand(rows.hidden, (plan.block_n, plan.block_h), self.described),
-                operand(self.weight, (plan.block_v, plan.block_h), self.described),
-                x.bias if x.bias is not None else self.weight,
-                rows.inverse_temperature,
-                group.ids,
-                sums.anchor,
-                rows.n_active,
-                redo,
-                slot,
-                *self.partials,
-                part.start,
-                self.chunk_rows,
-                rows.hidden.shape[0],
-                self.vocab,
-                self.width,
-                x.logit_scale,
-                x.softcap or 1.0,
-                *self.weight.stride(),
-                HAS_BIAS=x.bias is not None,
-                HAS_SOFTCAP=x.softcap is not None,
-                FOLD_SLOPE=self.task.entropy_weight is None,
-                ENTROPY=self.with_dot,
-                REDO=again,
-                COLS=self.cols,
-                BLOCK_N=plan.block_n,
-                BLOCK_V=plan.block_v,
-                BLOCK_H=plan.block_h,
-                **self.tile,
-                **self.launch,
-            )
-            merge_sums_kernel[(triton.cdiv(self.chunk_rows, ROW_BLOCK),)](
-                *self.partials,
-                group.z[:, 0].contiguous(),
-                rows.n_active,
-                redo,
-                *sums,
-                part.start,
-                self.chunk_rows,
-                self.cols // plan.block_v,
-                ENTROPY=self.with_dot,
-                REDO=again,
-                BLOCK_N=ROW_BLOCK,
-                PROJECTION_BLOCK_N=plan.block_n,
-                num_warps=1,
-            )
-        return sums
+        return self.exponentials(group.rows, group.ids, group.z[:, 0].contiguous(), part, slot)
 
     def row_stage(
         self,
@@ -344,25 +263,8 @@ class _Launcher:
             UPCAST=INTERPRET,
             BLOCK_H=block_h,
         )
-        common = {"LAST": False, "COLS": self.cols, **self.tile, **self.launch}
-        blocks = {"BLOCK_M": plan.gemm_m, "BLOCK_H": plan.gemm_h, "BLOCK_K": plan.gemm_k}
-        sizes = (count, 0, 0, size, size, self.vocab, self.width)
         if dhidden is not None:
-            dh = self.new((size, self.width))
-            accumulate_gemm_kernel[(triton.cdiv(size, plan.gemm_m), triton.cdiv(self.width, plan.gemm_h))](
-                operand(e, (plan.gemm_m, plan.gemm_k), self.described),
-                operand(self.weight, (plan.gemm_k, plan.gemm_h), self.described),
-                dh,
-                dh,
-                *sizes,
-                *self.weight.stride(),
-                0,
-                0,
-                TRANSPOSED=False,
-                FIRST=True,
-                **common,
-                **blocks,
-            )
+            dh = self.product_with_head(e, count)
             scatter_rows_kernel[by_row](dh, factor, source, rows.order, count, dhidden, part.start, self.width, BLOCK_H=block_h)
         if dweight is not None:
             accumulate_gemm_kernel[(triton.cdiv(self.vocab, plan.gemm_m), triton.cdiv(self.width, plan.gemm_h))](
@@ -370,14 +272,17 @@ class _Launcher:
                 operand(scaled, (plan.gemm_k, plan.gemm_h), self.described),
                 dweight,
                 dweight,
-                *sizes,
+                *(count, 0, 0, size, size, self.vocab, self.width),
                 *scaled.stride(),
                 0,
                 0,
                 TRANSPOSED=True,
                 FIRST=False,
-                **common,
-                **blocks,
+                LAST=False,
+                COLS=self.cols,
+                **self.gemm_blocks,
+                **self.tile,
+                **self.launch,
             )
         if dbias is not None:
             column_sums_kernel[(triton.cdiv(self.vocab, 64),)](

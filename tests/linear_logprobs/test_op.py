@@ -328,12 +328,13 @@ def test_reference_checks_values_too() -> None:
 
 @pytest.mark.parametrize("outputs", ["logprobs", "logprobs,lse,entropy,log_sum_sq_probs,mean_logits,is_top1"])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_opcheck(outputs: str, frozen: bool) -> None:
+@pytest.mark.parametrize("design", ["recompute", "keep"])
+def test_opcheck(outputs: str, frozen: bool, design: str) -> None:
     hidden, weight = torch.randn(5, 8, requires_grad=not frozen), torch.randn(30, 8, requires_grad=True)
     ids, gather_ids = torch.randint(0, 30, (5,)), torch.randint(-1, 30, (5, 3))
     bias, per_row = torch.randn(30, requires_grad=True), torch.rand(5) + 0.5
     for extra in ((bias, ids, gather_ids, None), (None, ids, None, per_row)):
-        args = (hidden, weight, *extra, 0.7, 1.0, 4.0, IGNORE, torch.float32, outputs, False, "torch")
+        args = (hidden, weight, *extra, 0.7, 1.0, 4.0, IGNORE, torch.float32, outputs, design, 3, False, "torch")
         result = torch.library.opcheck(op._forward_op, args)
         assert set(result.values()) == {"SUCCESS"}
 

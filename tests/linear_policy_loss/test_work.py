@@ -7,8 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dppo_kernels import PRESETS, PolicyLossSpec, linear_logprobs, linear_policy_loss
+from dppo_kernels._tiling import MIN_ROWS
 from dppo_kernels.linear_policy_loss import op
-from dppo_kernels.linear_policy_loss.design import MIN_ROWS, Design, choose_design
+from dppo_kernels.linear_policy_loss.design import Design, choose_design
 from dppo_kernels.linear_policy_loss.task import Task
 from tests.census import GemmFlops
 

@@ -1,4 +1,4 @@
-"""A chunk of rows as scaled exponentials: from logits to log-probs, and from coefficients to the operand of the gradient GEMMs.
+"""A chunk of rows as scaled exponentials: from logits to log-probs, and from coefficients to the operand of gradient GEMMs.
 
     e_v = exp(z_v - c), c the logit of the row's id t;  R = sum_{v != t} e_v;  S = R + e_t
     logp = (z_t - c) - log S;   dL/dz_v = -(g / S) e_v  for v != t,   dL/dz_t = (g / S) R
@@ -18,10 +18,23 @@ from torch import Tensor
 from dppo_kernels._row_stats import FINITE_MINUS_INF, pick_columns
 from dppo_kernels._tiling import TILE_ELEMENTS, WEIGHT_TILE_ELEMENTS, chunks
 from dppo_kernels.linear_logprobs.projection import Projection
-from dppo_kernels.linear_policy_loss.rows import Scores
 
 # Above it, e times an entry of the head could overflow; rows there are scaled by their largest logit instead.
 LARGEST_SUM = 2.0**64
+
+
+class Scores(NamedTuple):
+    """Statistics of scored rows."""
+
+    logprobs: Tensor  # [n]
+    entropy: Tensor | None  # [n]
+    gathered: Tensor | None  # [n, K] log-probs of `topk_ids`
+
+    def spread(self, places: Tensor, n: int) -> "Scores":
+        """Among `n` rows, at `places`; zeros elsewhere."""
+        return Scores(
+            *(None if x is None else x.new_zeros(n, *x.shape[1:]).index_copy_(0, places, x) for x in self)  # type: ignore[arg-type]
+        )
 
 
 class Exponentials(NamedTuple):
@@ -50,8 +63,8 @@ class Exponentials(NamedTuple):
         logprobs = None
         if gathered is not None and gather_ids is not None:
             logprobs = (gathered - self.anchor[:, None]) - log_total[:, None]
-            logprobs = logprobs.masked_fill_(gather_ids < 0, 0.0)
-        return Scores((self.target - self.anchor) - log_total, entropy, logprobs)
+            logprobs = logprobs.clamp_(max=0.0).masked_fill_(gather_ids < 0, 0.0)
+        return Scores(((self.target - self.anchor) - log_total).clamp_(max=0.0), entropy, logprobs)
 
     def keep_rows(self, keep: Tensor) -> tuple["Exponentials", Tensor]:
         """The rows where `keep`, in place, and which rows [n2] they were: those at the end fill the holes before them."""
@@ -110,7 +123,7 @@ def gradient_operand(
         logp_plus_entropy = z + (entropy - log_total)[:, None]
         tile *= on_probs + on_logprobs * logp_plus_entropy
         if x.softcap is not None:
-            tile *= 1 - _bent(x, z + e.anchor[:, None]).square()
+            tile *= 1 - x.bent(z + e.anchor[:, None], slice(None)).square()
     logp = (e.target - e.anchor) - log_total
     p = logp.exp()
     at_target = dlogprobs * (e.rest / total) - entropy_weight * p * (logp.clamp(min=FINITE_MINUS_INF) + entropy)
@@ -155,7 +168,7 @@ def _fold(
         for piece in chunks(cols.stop - cols.start, step):
             first = cols.start + piece.start
             tile = out[:, first : cols.start + piece.stop]
-            slope = 1 - _bent(x, tile).square() if fold_slope and x.softcap is not None else None
+            slope = 1 - x.bent(tile, slice(None)).square() if fold_slope and x.softcap is not None else None
             tile -= anchor[:, None]
             if dot is None:
                 tile.exp_()
@@ -168,13 +181,6 @@ def _fold(
             if slope is not None:
                 tile *= slope
     return Exponentials(out, ids, anchor, target, None, rest, dot), gathered
-
-
-def _bent(x: Projection, z: Tensor) -> Tensor:
-    """The tanh that a soft-cap made `z` of."""
-    assert x.softcap is not None
-    temperature = x.temperature[:, None] if isinstance(x.temperature, Tensor) else x.temperature
-    return z * (temperature / x.softcap)
 
 
 def _zero_columns(tile: Tensor, local: Tensor) -> None:

@@ -1,0 +1,292 @@
+"""Triton kernels that make a chunk of scaled exponentials, and their launches; formulas in `exponentials`.
+
+    e_v = exp(z_v - c), 0 in the target's column;  R = sum e;  D = sum e (z - c)
+
+A chunk [rows, COLS] of e in the inputs' dtype is written once, by the projection, and read by gradient GEMMs. Every program
+writes the sums of its tile; a second stage merges them in a fixed order. Rows whose sum overflows (an id with log-prob below
+-44) are flagged, and only their blocks are projected again, scaled by their maximum: no host wait.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dppo_kernels._tiling import GradPlan, pick_grad_plan
+from dppo_kernels._tl import FINITE_MINUS_INF, load_tile, transform_logits
+from dppo_kernels._triton import INTERPRET, can_describe, capability, operand
+from dppo_kernels.linear_logprobs.kernels import CompactRows
+from dppo_kernels.linear_logprobs.kernels_bwd import accumulate_gemm_kernel
+from dppo_kernels.linear_logprobs.projection import Projection
+
+LARGEST_SUM = tl.constexpr(2.0**64)
+ROW_BLOCK = 32  # rows per program of a row stage: many small programs, it waits for loads
+
+
+@triton.jit
+def exponentials_kernel(
+    hidden,  # pointer or descriptor of the compacted rows [N, H]
+    weight,  # pointer or descriptor [V, H]
+    bias_ptr,
+    inverse_temperature_ptr,  # this and ids: [N] in compacted order
+    ids_ptr,
+    anchor_ptr,  # [rows of a chunk]
+    count_ptr,
+    redo_ptr,  # [row blocks]
+    e_ptr,  # [rows of a chunk, COLS]
+    max_ptr,  # this and the next two: [vocabulary blocks, rows of a chunk]
+    rest_ptr,
+    dot_ptr,
+    first_row,
+    chunk_rows,
+    N,
+    V,
+    H,
+    scale,
+    softcap,
+    stride_weight_v,
+    stride_weight_h,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    FOLD_SLOPE: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    REDO: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    UPCAST: tl.constexpr,
+    COLS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    local_row, col = tl.program_id(0) * BLOCK_N, tl.program_id(1) * BLOCK_V
+    row = first_row + local_row
+    count = tl.load(count_ptr)
+    wanted = row < count
+    if REDO:
+        wanted = wanted & (tl.load(redo_ptr + tl.program_id(0)) != 0)
+    if wanted:
+        offs_n, offs_v = row + tl.arange(0, BLOCK_N), col + tl.arange(0, BLOCK_V)
+        local_n = local_row + tl.arange(0, BLOCK_N)
+        mask_n = (offs_n < count) & (local_n < chunk_rows)
+        z = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+        for k in range(0, H, BLOCK_H):
+            h = load_tile(hidden, row, k, N, H, H, 1, BLOCK_N, BLOCK_H, DESCRIPTOR, UPCAST)
+            w = load_tile(weight, col, k, V, H, stride_weight_v, stride_weight_h, BLOCK_V, BLOCK_H, DESCRIPTOR, UPCAST)
+            z = tl.dot(h, tl.trans(w), z, input_precision="ieee")
+        if HAS_BIAS:
+            z += tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)[None, :]
+        inverse_temperature = tl.load(inverse_temperature_ptr + offs_n, mask=mask_n, other=1.0)[:, None]
+        z, slope = transform_logits(z, scale, softcap, inverse_temperature, HAS_SOFTCAP)
+        ids = tl.load(ids_ptr + offs_n, mask=mask_n, other=-1)
+        # Neither the target nor a column beyond V counts: e is 0 there.
+        counts = (offs_v[None, :] < V) & (offs_v[None, :] != ids[:, None])
+        z = tl.where(counts, z, float("-inf"))
+        anchor = tl.load(anchor_ptr + local_n, mask=mask_n, other=0.0)
+        partial = tl.program_id(1).to(tl.int64) * chunk_rows + local_n
+        if not REDO:
+            tl.store(max_ptr + partial, tl.max(z, 1), mask=mask_n)
+        z -= anchor[:, None]
+        e = tl.exp(z)
+        tl.store(rest_ptr + partial, tl.sum(e, 1), mask=mask_n)
+        if ENTROPY:
+            tl.store(dot_ptr + partial, tl.sum(e * tl.maximum(z, FINITE_MINUS_INF), 1), mask=mask_n)
+        if HAS_SOFTCAP and FOLD_SLOPE:
+            e *= slope
+        # Rows beyond the count are read by the GEMMs as well.
+        e = tl.where(mask_n[:, None] & counts, e, 0.0)
+        place = local_n.to(tl.int64)[:, None] * COLS + offs_v[None, :]
+        tl.store(e_ptr + place, e.to(e_ptr.dtype.element_ty), mask=offs_v[None, :] < COLS)
+
+
+@triton.jit
+def merge_sums_kernel(
+    max_ptr,  # this and the next two: [vocabulary blocks, rows of a chunk]
+    rest_ptr,
+    dot_ptr,
+    target_ptr,  # [N] logits of the ids, compacted order
+    count_ptr,
+    redo_ptr,  # [row blocks of the projection]
+    anchor_ptr,  # this and the next two: [rows of a chunk]
+    total_rest_ptr,
+    total_dot_ptr,
+    first_row,
+    chunk_rows,
+    n_blocks,
+    ENTROPY: tl.constexpr,
+    REDO: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PROJECTION_BLOCK_N: tl.constexpr,
+):
+    local_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    active = (local_n < chunk_rows) & (first_row + local_n < tl.load(count_ptr))
+    if REDO:
+        active = active & (tl.load(redo_ptr + local_n // PROJECTION_BLOCK_N, mask=active, other=0) != 0)
+    m = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    rest, dot = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
+    for block in range(n_blocks):
+        place = tl.cast(block, tl.int64) * chunk_rows + local_n
+        rest += tl.load(rest_ptr + place, mask=active, other=0.0)
+        if ENTROPY:
+            dot += tl.load(dot_ptr + place, mask=active, other=0.0)
+        if not REDO:
+            m = tl.maximum(m, tl.load(max_ptr + place, mask=active, other=float("-inf")))
+    tl.store(total_rest_ptr + local_n, rest, mask=active)
+    if ENTROPY:
+        tl.store(total_dot_ptr + local_n, dot, mask=active)
+    if not REDO:
+        target = tl.load(target_ptr + first_row + local_n, mask=active, other=0.0)
+        fits = rest <= LARGEST_SUM  # False for NaN
+        tl.store(anchor_ptr + local_n, tl.where(fits, target, tl.maximum(m, target)), mask=active)
+        # Every program that flags a block writes the same.
+        tl.store(redo_ptr + local_n // PROJECTION_BLOCK_N, tl.full([BLOCK_N], 1, tl.int32), mask=active & (fits == 0))
+
+
+@triton.jit
+def scatter_rows_kernel(
+    rows_ptr,  # fp32 [rows of a chunk, H] in moved order
+    factor_ptr,  # [rows of a chunk] in moved order
+    source_ptr,
+    order_ptr,  # [N] the caller's row of each compacted row
+    count_ptr,
+    out_ptr,  # fp32 [N, H] in the caller's order
+    first_row,
+    H,
+    BLOCK_H: tl.constexpr,
+):
+    row, offs_h = tl.program_id(0), tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    if row < tl.load(count_ptr):
+        out = tl.load(order_ptr + first_row + tl.load(source_ptr + row)).to(tl.int64)
+        values = tl.load(rows_ptr + row.to(tl.int64) * H + offs_h, mask=offs_h < H, other=0.0) * tl.load(factor_ptr + row)
+        tl.store(out_ptr + out * H + offs_h, values, mask=offs_h < H)
+
+
+class Sums(NamedTuple):
+    """Of a chunk's rows; [chunk_rows] each. Neither R nor D counts the target."""
+
+    anchor: Tensor
+    rest: Tensor
+    dot: Tensor
+
+
+class ChunkLauncher:
+    """Launches of one call that works on chunks of exponentials: sizes, tiles, partial sums.
+
+    `plan` and `descriptors` override what the device and the strides would choose.
+    """
+
+    def __init__(
+        self,
+        x: Projection,
+        chunk_rows: int,
+        *,
+        with_dot: bool,
+        fold_slope: bool,
+        plan: GradPlan | None,
+        descriptors: bool | None,
+    ) -> None:
+        self.x = x
+        self.weight = x.weight.to(x.compute_dtype)
+        self.vocab, self.width = self.weight.shape
+        self.device = x.hidden.device
+        self.with_dot, self.fold_slope = with_dot, fold_slope
+        aligned = torch.empty(1, self.width, dtype=x.compute_dtype, device=self.device)  # compacted rows are contiguous
+        self.described = can_describe(self.device, aligned, self.weight, wanted=descriptors)
+        chosen = pick_grad_plan(capability(self.device), x.compute_dtype, self.described, softcap=x.softcap is not None)
+        self.plan = plan = plan or chosen
+        self.chunk_rows = triton.cdiv(min(chunk_rows, x.hidden.shape[0]), plan.block_n) * plan.block_n
+        self.cols = triton.cdiv(self.vocab, plan.block_v) * plan.block_v
+        # Kernels of an interpreter round bfloat16 wrongly, so there everything stays in fp32.
+        self.stored = torch.float32 if INTERPRET else x.compute_dtype
+        self.partials = [self.new((self.cols // plan.block_v, self.chunk_rows)) for _ in range(3)]
+        self.tile = {"DESCRIPTOR": self.described, "UPCAST": INTERPRET}
+        self.launch = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
+        self.gemm_blocks = {"BLOCK_M": plan.gemm_m, "BLOCK_H": plan.gemm_h, "BLOCK_K": plan.gemm_k}
+
+    def new(self, shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def new_slot(self) -> Tensor:
+        """Room for a chunk of exponentials."""
+        return self.new((self.chunk_rows, self.cols), self.stored)
+
+    def exponentials(self, rows: CompactRows, ids: Tensor, target: Tensor, part: slice, slot: Tensor) -> Sums:
+        """Exponentials of a chunk in `slot`, and their sums; `ids` [N] and their logits `target` [N] in compacted order."""
+        x, plan = self.x, self.plan
+        sums = Sums(*(self.new(self.chunk_rows) for _ in range(3)))
+        size = part.stop - part.start
+        sums.anchor[:size] = target[part]
+        row_blocks = self.chunk_rows // plan.block_n
+        redo = torch.zeros(row_blocks, dtype=torch.int32, device=self.device)
+        for again in (False, True):
+            exponentials_kernel[(row_blocks, self.cols // plan.block_v)](
+                operand(rows.hidden, (plan.block_n, plan.block_h), self.described),
+                operand(self.weight, (plan.block_v, plan.block_h), self.described),
+                x.bias if x.bias is not None else self.weight,
+                rows.inverse_temperature,
+                ids,
+                sums.anchor,
+                rows.n_active,
+                redo,
+                slot,
+                *self.partials,
+                part.start,
+                self.chunk_rows,
+                rows.hidden.shape[0],
+                self.vocab,
+                self.width,
+                x.logit_scale,
+                x.softcap or 1.0,
+                *self.weight.stride(),
+                HAS_BIAS=x.bias is not None,
+                HAS_SOFTCAP=x.softcap is not None,
+                FOLD_SLOPE=self.fold_slope,
+                ENTROPY=self.with_dot,
+                REDO=again,
+                COLS=self.cols,
+                BLOCK_N=plan.block_n,
+                BLOCK_V=plan.block_v,
+                BLOCK_H=plan.block_h,
+                **self.tile,
+                **self.launch,
+            )
+            merge_sums_kernel[(triton.cdiv(self.chunk_rows, ROW_BLOCK),)](
+                *self.partials,
+                target,
+                rows.n_active,
+                redo,
+                *sums,
+                part.start,
+                self.chunk_rows,
+                self.cols // plan.block_v,
+                ENTROPY=self.with_dot,
+                REDO=again,
+                BLOCK_N=ROW_BLOCK,
+                PROJECTION_BLOCK_N=plan.block_n,
+                num_warps=1,
+            )
+        return sums
+
+    def product_with_head(self, e: Tensor, count: Tensor) -> Tensor:
+        """``e @ weight`` [chunk_rows, H] in fp32; rows beyond `count` are 0."""
+        plan, size = self.plan, self.chunk_rows
+        product = torch.zeros((size, self.width), dtype=torch.float32, device=self.device)
+        accumulate_gemm_kernel[(triton.cdiv(size, plan.gemm_m), triton.cdiv(self.width, plan.gemm_h))](
+            operand(e, (plan.gemm_m, plan.gemm_k), self.described),
+            operand(self.weight, (plan.gemm_k, plan.gemm_h), self.described),
+            product,
+            product,
+            *(count, 0, 0, size, size, self.vocab, self.width),
+            *self.weight.stride(),
+            0,
+            0,
+            TRANSPOSED=False,
+            FIRST=True,
+            LAST=False,
+            COLS=self.cols,
+            **self.gemm_blocks,
+            **self.tile,
+            **self.launch,
+        )
+        return product

@@ -1,0 +1,114 @@
+"""Frozen head: the gradient of every log-prob is saved in the forward, and the backward is gathers (torch implementation).
+
+    dlogp_k/dh = s (a_k W_k - U),   U = sum_v p_v a_v W_v,   s = logit_scale / temperature,   a = 1 - tanh^2 (soft-cap) or 1
+    dL/dh = s (sum_k g_k a_k W_k - A U),   A = sum_k g_k - g_lse
+
+Where p is near 1 the two terms cancel, so U leaves out the ids that are picked (the target and the gathered ids), whose share
+is put back with the digits of 1 - p: G_j the sum of gradients at id j, its row of the head is multiplied by
+
+    c_j = G_j - A p_j = G_j (1 - p_j) - (A - G_j) p_j
+
+FLOPs: 2 n HV for a chunk of exponentials, 2 n HV for U, none in the backward. Saved: U [N, H], and log-probs of the picked ids.
+"""
+
+import torch
+from torch import Tensor
+
+from dppo_kernels._row_stats import Upstream
+from dppo_kernels._tiling import WEIGHT_TILE_ELEMENTS, balanced, chunks
+from dppo_kernels.linear_logprobs.exponentials import exponentials, weight_tiles
+from dppo_kernels.linear_logprobs.projection import Projection
+
+
+def unit_gradient_fwd(
+    projection: Projection,
+    ids: Tensor,
+    gather_ids: Tensor | None,
+    *,
+    ignore_index: int,
+    with_entropy: bool,
+    chunk_rows: int,
+) -> dict[str, Tensor]:
+    """Outputs, `row_max`, `log_sum`, `unit` [N, H] and `picked` [N, 1 + K] log-probs; rows that `ids` ignores are 0."""
+    n, (vocab, width) = ids.shape[0], projection.weight.shape
+    rows = (ids != ignore_index).nonzero().squeeze(1)
+    size = balanced(rows.shape[0], chunk_rows)
+    slot = projection.hidden.new_empty((min(size, rows.shape[0]), vocab), dtype=projection.dtype)
+    zeros = projection.hidden.new_zeros(n, dtype=projection.dtype)
+    out = {name: zeros.clone() for name in ("logprobs", "lse", "row_max", "log_sum")}
+    if with_entropy:
+        out["entropy"] = zeros.clone()
+    out["unit"] = zeros.new_zeros(n, width)
+    out["picked"] = zeros.new_zeros(n, 1 + (0 if gather_ids is None else gather_ids.shape[1]))
+    for part in chunks(rows.shape[0], size):
+        chosen = rows[part]
+        x, target = projection.select(chosen), ids[chosen]
+        gathered_ids = None if gather_ids is None else gather_ids[chosen]
+        e, gathered = exponentials(x, target, gathered_ids, slot[: chosen.shape[0]], with_entropy=with_entropy, fold_slope=True)
+        scores, log_total = e.scores(gathered, gathered_ids), e.log_total()
+        if gathered_ids is not None:  # padding points to the target's column, which is 0 already
+            e.values.scatter_(1, torch.where(gathered_ids < 0, target[:, None], gathered_ids), 0.0)
+        unit = torch.zeros_like(out["unit"][: chosen.shape[0]])
+        for cols, w in weight_tiles(x):
+            unit.addmm_(e.values[:, cols], w)
+        out["unit"][chosen] = unit.div_(e.total()[:, None])
+        out["logprobs"][chosen] = scores.logprobs
+        out["row_max"][chosen], out["log_sum"][chosen] = e.anchor, log_total
+        out["lse"][chosen] = e.anchor + log_total
+        out["picked"][chosen, 0] = scores.logprobs
+        if scores.entropy is not None:
+            out["entropy"][chosen] = scores.entropy
+        if scores.gathered is not None:
+            out["picked"][chosen, 1:] = scores.gathered
+    if gather_ids is not None:
+        out["gathered"] = out["picked"][:, 1:].clone()
+    return out
+
+
+def unit_gradient_bwd(
+    projection: Projection,
+    ids: Tensor,
+    gather_ids: Tensor | None,
+    upstream: Upstream,
+    saved: dict[str, Tensor],  # unit, picked, row_max, log_sum
+    *,
+    ignore_index: int,
+) -> Tensor:
+    """Gradient of hidden in its own dtype; of the head only the rows of picked ids are read."""
+    hidden, weight, dtype = projection.hidden, projection.weight, projection.dtype
+    rows, _ = upstream.partition(ids != ignore_index)
+    active, upstream = projection.select(rows), upstream.take(rows, dtype)
+    picked_ids, gradients = picked_gradients(ids[rows], None if gather_ids is None else gather_ids[rows], upstream)
+    logprobs = saved["picked"][rows]
+    on_probs, _ = upstream.on_probs(picked_ids[:, 1:], None, logprobs[:, 0])
+    at_id = torch.zeros_like(gradients)
+    repeated = torch.zeros_like(picked_ids, dtype=torch.bool)
+    for k in range(picked_ids.shape[1]):
+        same = picked_ids == picked_ids[:, k, None]
+        at_id += torch.where(same, gradients[:, k, None], 0.0)
+        repeated[:, k + 1 :] |= same[:, k + 1 :]
+    factor = (at_id + on_probs[:, None]) * logprobs.exp() - at_id * torch.expm1(logprobs)
+    if projection.softcap is not None:
+        z = logprobs + (saved["row_max"] + saved["log_sum"])[rows, None]
+        factor *= 1 - active.bent(z, slice(None)).square()
+    slopes = active.row_slopes(rows.shape[0])[:, None]
+    factor = factor.masked_fill_(repeated | (picked_ids < 0), 0.0).mul_(slopes)
+    on_unit = on_probs[:, None] * slopes
+    picked_ids = picked_ids.clamp(min=0)
+    dhidden = torch.zeros_like(hidden)
+    for part in chunks(rows.shape[0], max(1, WEIGHT_TILE_ELEMENTS // max(hidden.shape[1], 1))):
+        gradient = saved["unit"][rows[part]].mul_(on_unit[part])
+        for k in range(picked_ids.shape[1]):
+            gradient.addcmul_(active.rounded(weight[picked_ids[part, k]]), factor[part, k, None])
+        dhidden[rows[part]] = gradient.to(hidden.dtype)
+    return dhidden
+
+
+def picked_gradients(ids: Tensor, gather_ids: Tensor | None, upstream: Upstream) -> tuple[Tensor, Tensor]:
+    """(ids, gradients that arrive at their log-probs) [N, 1 + K] of the target and all gathered ids, 0 where none does."""
+    like = next(grad for grad in upstream if grad is not None)
+    first = like.new_zeros(ids.shape) if upstream.logprobs is None else upstream.logprobs
+    if gather_ids is None:
+        return ids[:, None], first[:, None]
+    others = like.new_zeros(gather_ids.shape) if upstream.gathered is None else upstream.gathered
+    return torch.cat([ids[:, None], gather_ids], 1), torch.cat([first[:, None], others], 1)
