@@ -90,6 +90,7 @@ def check_values(
     ignore_index: int | None,
     *,
     ids_name: str = "ids",
+    gather_name: str = "gather_ids",
 ) -> None:
     """Value checks, a host sync each on CUDA: ids in [0, vocab) or ignored, gather ids below vocab, temperatures positive."""
     bad = (ids < 0) | (ids >= vocab)
@@ -97,7 +98,7 @@ def check_values(
         bad &= ids != ignore_index
     _raise_first(ids_name, ids, bad, f"in [0, {vocab})" + ("" if ignore_index is None else f" or {ignore_index}"))
     if gather_ids is not None:
-        _raise_first("gather_ids", gather_ids, gather_ids >= vocab, f"below {vocab} (negative = padding)")
+        _raise_first(gather_name, gather_ids, gather_ids >= vocab, f"below {vocab} (negative = padding)")
     if row_temperature is not None:
         bad_temperature = ~(row_temperature > 0) | row_temperature.isinf()
         _raise_first("temperature", row_temperature, bad_temperature, "positive and finite")

@@ -16,6 +16,7 @@ def aggregate(
     *,
     denominator: float | Tensor | None = None,
     max_length: int | None = None,
+    denominator_name: str = "denominator",
 ) -> Tensor:
     """Reduce per-token values to a scalar; values behind the mask may be NaN.
 
@@ -29,6 +30,7 @@ def aggregate(
         denominator: replaces the call's own count (active tokens; sequences B; B * max_length), so that micro-batches and ranks
             that divide by the same global number add up to the loss of the whole batch.
         max_length: tokens per sequence for ``fixed_length``.
+        denominator_name: what error messages call it.
 
     Raises:
         TypeError, ValueError: wrong mask dtype, shapes, reduction, or missing `max_length`.
@@ -44,19 +46,36 @@ def aggregate(
     if reduction != "token_mean" and mask.dim() != 2:
         raise ValueError(f"reduction {reduction!r} needs [B, T] values and mask, got {list(mask.shape)}")
 
-    weights = reduction_weights(mask, reduction, denominator=denominator, max_length=max_length, dtype=stat_dtype(values.dtype))
+    weights = reduction_weights(
+        mask,
+        reduction,
+        denominator=denominator,
+        max_length=max_length,
+        dtype=stat_dtype(values.dtype),
+        denominator_name=denominator_name,
+    )
     return (torch.where(mask, values, 0.0) * weights).sum()
 
 
 def reduction_weights(
-    mask: Tensor, reduction: str, *, denominator: float | Tensor | None, max_length: int | None, dtype: torch.dtype
+    mask: Tensor,
+    reduction: str,
+    *,
+    denominator: float | Tensor | None,
+    max_length: int | None,
+    dtype: torch.dtype,
+    denominator_name: str = "denominator",
 ) -> Tensor:
     """What every active token's value is multiplied by before the sum: [], or [B, 1] for ``sequence_mean``.
 
     Arguments as in `aggregate`, already checked except for the two normalisers.
     """
-    if denominator is not None and not isinstance(denominator, Tensor):
-        _checks.check_positive("denominator", denominator)
+    if isinstance(denominator, Tensor):
+        if denominator.numel() != 1:
+            raise ValueError(f"`{denominator_name}` must be one number, got shape {list(denominator.shape)}")
+        denominator = denominator.reshape(())
+    elif denominator is not None:
+        _checks.check_positive(denominator_name, denominator)
     if denominator is None:
         if reduction == "sequence_mean":
             denominator = max(mask.shape[0], 1)

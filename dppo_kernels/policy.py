@@ -111,7 +111,13 @@ def policy_loss(
     if entropy is not None:
         metrics["entropy"] = entropy
         if spec.entropy_coef:
-            mean_entropy = aggregate(clean(entropy), loss_mask, "token_mean", denominator=entropy_denominator)
+            mean_entropy = aggregate(
+                clean(entropy),
+                loss_mask,
+                "token_mean",
+                denominator=entropy_denominator,
+                denominator_name="entropy_denominator",
+            )
             loss = loss - spec.entropy_coef * mean_entropy
     return loss, {name: partial_sums(values, loss_mask) for name, values in metrics.items()}
 

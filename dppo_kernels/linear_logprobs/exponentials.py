@@ -46,7 +46,7 @@ class Exponentials(NamedTuple):
     target: Tensor  # [n] z_t
     target_slope: Tensor | None  # [n] 1 - tanh^2 at t
     rest: Tensor  # [n] R
-    dot: Tensor | None  # [n] sum_v e_v (z_v - c)
+    dot: Tensor | None  # [n] sum_{v != t} e_v (z_v - c)
 
     def total(self) -> Tensor:
         """S [n]."""
@@ -59,7 +59,11 @@ class Exponentials(NamedTuple):
     def scores(self, gathered: Tensor | None, gather_ids: Tensor | None) -> Scores:
         """Log-probs and entropy; `gathered` holds the logits [n, K] of `gather_ids`, of which negative ones give 0."""
         log_total = self.log_total()
-        entropy = None if self.dot is None else (log_total - self.dot / self.total()).clamp_(min=0.0)
+        entropy = None
+        if self.dot is not None:
+            above = self.target - self.anchor  # 0, or so low that it does not count
+            dot = self.dot + above.exp() * above.clamp(min=FINITE_MINUS_INF)
+            entropy = (log_total - dot / self.total()).clamp_(min=0.0)
         logprobs = None
         if gathered is not None and gather_ids is not None:
             logprobs = (gathered - self.anchor[:, None]) - log_total[:, None]
@@ -123,7 +127,8 @@ def gradient_operand(
         logp_plus_entropy = z + (entropy - log_total)[:, None]
         tile *= on_probs + on_logprobs * logp_plus_entropy
         if x.softcap is not None:
-            tile *= 1 - x.bent(z + e.anchor[:, None], slice(None)).square()
+            # Where e underflowed, z is not that of a soft-capped logit.
+            tile *= 1 - x.bent(z + e.anchor[:, None], slice(None)).clamp_(-1.0, 1.0).square()
     logp = (e.target - e.anchor) - log_total
     p = logp.exp()
     at_target = dlogprobs * (e.rest / total) - entropy_weight * p * (logp.clamp(min=FINITE_MINUS_INF) + entropy)
@@ -170,21 +175,21 @@ def _fold(
             tile = out[:, first : cols.start + piece.stop]
             slope = 1 - x.bent(tile, slice(None)).square() if fold_slope and x.softcap is not None else None
             tile -= anchor[:, None]
+            _exclude_columns(tile, ids - first)
             if dot is None:
                 tile.exp_()
             else:
                 e = tile.exp()
                 dot += tile.clamp_(min=FINITE_MINUS_INF).mul_(e).sum(1)
                 tile.copy_(e)
-            _zero_columns(tile, ids - first)
             rest += tile.sum(1)
             if slope is not None:
                 tile *= slope
     return Exponentials(out, ids, anchor, target, None, rest, dot), gathered
 
 
-def _zero_columns(tile: Tensor, local: Tensor) -> None:
-    """``tile[r, local[r]] = 0`` where that column is in the tile."""
+def _exclude_columns(tile: Tensor, local: Tensor) -> None:
+    """``tile[r, local[r]] = -inf`` where that column is in the tile."""
     inside = (local >= 0) & (local < tile.shape[1])
     columns = local.clamp(0, tile.shape[1] - 1)[:, None]
-    tile.scatter_(1, columns, tile.gather(1, columns).masked_fill(inside[:, None], 0.0))
+    tile.scatter_(1, columns, tile.gather(1, columns).masked_fill(inside[:, None], -torch.inf))

@@ -111,9 +111,14 @@ def linear_policy_loss(
     per_token_inputs = {"anchor_logprobs": anchor_logprobs, "ref_logprobs": ref_logprobs}
     check_policy_arguments(("ids", lead), advantages, loss_mask, spec, per_token_inputs, token_weights)
     _check_topk(spec, rollout_topk_ids, rollout_topk_logprobs, topk_valid)
-    for name, value in {"loss_mask": loss_mask, "advantages": advantages, **per_token_inputs}.items():
+    topk = {"rollout_topk_logprobs": rollout_topk_logprobs, "topk_valid": topk_valid}
+    others = {"loss_mask": loss_mask, "advantages": advantages, "token_weights": token_weights, **per_token_inputs, **topk}
+    for argument, value in others.items():
         if value is not None:
-            _checks.check_device(name, value, "hidden", hidden)
+            _checks.check_device(argument, value, "hidden", hidden)
+    if rollout_topk_ids is not None:
+        known = rollout_topk_ids >= 0
+        topk_valid = known if topk_valid is None else known & topk_valid
     _checks.check_workspace_bytes(workspace_bytes)
     if workspace_bytes is None:
         workspace_bytes = DEFAULT_WORKSPACE_BYTES["cuda" if hidden.device.type == "cuda" else "cpu"]
@@ -171,7 +176,14 @@ def linear_policy_loss(
     weights = reduction_weights(loss_mask, spec.reduction, denominator=denominator, max_length=max_length, dtype=dtype)
     entropy_weight = None
     if spec.entropy_coef:
-        mean = reduction_weights(loss_mask, "token_mean", denominator=entropy_denominator, max_length=None, dtype=dtype)
+        mean = reduction_weights(
+            loss_mask,
+            "token_mean",
+            denominator=entropy_denominator,
+            max_length=None,
+            dtype=dtype,
+            denominator_name="entropy_denominator",
+        )
         entropy_weight = -spec.entropy_coef * mean
     row_temperature, scalar_temperature = split_temperature(temperature, mask.shape[0], dtype)
     trained = (hidden, weight, bias)
@@ -197,7 +209,7 @@ def linear_policy_loss(
         softcap,
         compute_dtype,
         *_encode(spec),
-        lead[1] if len(lead) == 2 else 1,
+        max(lead[1], 1) if len(lead) == 2 else 1,
         workspace_bytes,
         with_entropy or bool(spec.entropy_coef),
         score_inactive,
@@ -335,7 +347,10 @@ def _op(
     if hidden.device.type == "cpu" or check_values:
         known = torch.where(mask, ids, _IGNORED)
         known_topk = None if topk_ids is None else torch.where(mask[:, None], topk_ids, _IGNORED)
-        _checks.check_values(known, known_topk, row_temperature, weight.shape[0], _IGNORED)
+        known_temperature = None if row_temperature is None else torch.where(mask, row_temperature, 1.0)
+        _checks.check_values(
+            known, known_topk, known_temperature, weight.shape[0], _IGNORED, gather_name="rollout_topk_ids"
+        )
     spec = _decode(spec_names, spec_numbers)
     n, vocab = mask.shape[0], weight.shape[0]
     design = _design(spec, n, sequence_length, vocab, compute_dtype, hidden.device, any(needs), workspace_bytes, backend)
