@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dppo_kernels._row_stats import Upstream
 from dppo_kernels.linear_logprobs.exponentials import Scores
-from dppo_kernels.linear_logprobs.projection import Projection
+from dppo_kernels.linear_logprobs.projection import Gradients, Needs, Projection
 from dppo_kernels.linear_policy_loss.design import Design
 from dppo_kernels.linear_policy_loss.rows import PolicyRows, RowLoss, row_loss, stat_names
 from dppo_kernels.policy import Stat, partial_sums
@@ -30,7 +30,7 @@ class Task:
     entropy_weight: Tensor | None  # dL/dH of every scored row, if there is an entropy bonus
     with_entropy: bool
     score_inactive: bool
-    needs: tuple[bool, bool, bool]  # hidden, weight, bias
+    needs: Needs
 
     def to_score(self) -> Tensor:
         return self.rows.to_score(self.spec, self.sequence_length, score_inactive=self.score_inactive)
@@ -43,22 +43,25 @@ class Result:
     loss: Tensor  # scalar float64
     logprobs: Tensor  # [N]
     entropy: Tensor | None  # [N]
-    gradients: tuple[Tensor | None, ...]  # as `Task.needs`
+    gradients: Gradients
     stats: dict[str, Stat]
 
     @classmethod
     def empty(cls, task: Task) -> "Result":
         x = task.projection
-        inputs = (x.hidden, x.weight, x.bias)
         zeros = x.hidden.new_zeros(x.hidden.shape[0], dtype=x.dtype)
         nothing = partial_sums(zeros[:0], task.rows.mask[:0])
         return cls(
             zeros.new_zeros((), dtype=torch.float64),
             zeros,
             zeros.clone() if task.with_entropy else None,
-            tuple(
-                torch.zeros_like(i, dtype=x.dtype, memory_format=torch.contiguous_format) if need and i is not None else None
-                for i, need in zip(inputs, task.needs, strict=True)
+            Gradients(
+                *(
+                    torch.zeros_like(i, dtype=x.dtype, memory_format=torch.contiguous_format)
+                    if need and i is not None
+                    else None
+                    for i, need in zip(x.inputs(), task.needs, strict=True)
+                )
             ),
             dict.fromkeys(stat_names(task.spec, ref=task.rows.ref_logprobs is not None, entropy=task.with_entropy), nothing),
         )
@@ -91,5 +94,5 @@ def two_pass_fwd(task: Task, score: Callable[..., dict[str, Tensor]], backward: 
             saved["entropy"] = values["entropy"]
         upstream = Upstream(loss.dlogprobs, None, dentropy, None)
         gradients = backward(x, ids, None, upstream, saved, ignore_index=_UNSCORED, needs=task.needs)
-        result.gradients = tuple(None if g is None else g.to(x.dtype) for g in gradients)
+        result.gradients = Gradients(*(None if g is None else g.to(x.dtype) for g in gradients))
     return result
