@@ -4,6 +4,7 @@ Prints registers, spills, shared memory, and whether the code uses wgmma (or tcg
 spills on sm_90 without a reason in `REASONS`, needs more shared memory than the chip has, or is a GEMM without wgmma on sm_90.
 """
 
+import itertools
 import os
 import re
 import subprocess
@@ -44,12 +45,17 @@ def cases(architecture: str) -> list[Case]:
     first += [
         replace(
             case,
-            label=f"{case.label.replace('256', '128')} soft-cap, bias",
+            label=f"{case.label.replace('256', '128')} {name}",
             types={**case.types, "weight": case.types["weight"].replace("[256,", "[128,")},
-            constants={**case.constants, "HAS_SOFTCAP": True, "HAS_BIAS": True, "BLOCK_V": min(case.constants["BLOCK_V"], 128)},
+            constants={**case.constants, **flags, "BLOCK_V": min(case.constants["BLOCK_V"], 128)},
         )
         for case in first
         if case.kernel.fn.__name__ in ("linear_dlogits_kernel", "exponentials_kernel")
+        for name, flags in {
+            "bias": {"HAS_BIAS": True},
+            "soft-cap": {"HAS_SOFTCAP": True},
+            "both": {"HAS_BIAS": True, "HAS_SOFTCAP": True},
+        }.items()
     ]
     if architecture not in ("90", "100"):
         return first
@@ -75,7 +81,7 @@ def _cases(architecture: str, *, described: bool) -> list[Case]:
     def operand(rows: int, cols: int) -> str:
         return f"tensordesc<bf16[{rows},{cols}]>" if described else bf16
 
-    flags = {"HAS_BIAS": False, "HAS_SOFTCAP": False}
+    flags = {"HAS_BIAS": False, "HAS_SOFTCAP": False, "LOW_RANK": False, "BLOCK_R": 16}
     stats = {"ENTROPY": True, "SUM_SQ": False, "TOTAL": False, "ARGMAX": False}
     tile = {"DESCRIPTOR": described, "UPCAST": False}
     partials = {f"{name}_ptr": FP32 for name in ("max", "sum", "dot", "sum_sq", "total")} | {"argmax_ptr": I32}
@@ -84,8 +90,19 @@ def _cases(architecture: str, *, described: bool) -> list[Case]:
     }
     picked = {"ids_ptr": I64, "order_ptr": I64, "count_ptr": I32, "upstream_ptr": FP32, "out_ptr": FP32, "picked_ptr": FP32}
     scalars = {"scale": "fp32", "softcap": "fp32"}
-    wide = ("H", "V", "stride_weight_v", "N", "stride_b_k", "stride_out_v", "stride_n", "stride_a", "stride_b")
-    common = {**rowwise, **picked, **scalars, "bias_ptr": bf16, "dz_ptr": bf16}
+    wide = (
+        "H",
+        "V",
+        "stride_weight_v",
+        "N",
+        "stride_b_k",
+        "stride_out_v",
+        "stride_n",
+        "stride_a",
+        "stride_b",
+        "R",
+    )
+    common = {**rowwise, **picked, **scalars, **dict.fromkeys(("bias_ptr", "dz_ptr", "low_hidden_ptr", "low_weight_ptr"), bf16)}
     gemm = {"BLOCK_M": grad.gemm_m, "BLOCK_H": grad.gemm_h, "BLOCK_K": grad.gemm_k, "COLS": grad.strip_cols, **tile}
     found = [
         Case(
@@ -133,20 +150,28 @@ def _cases(architecture: str, *, described: bool) -> list[Case]:
             multiples_of_16=(*wide, "first_row", "first_col"),
         ),
     ]
-    for transposed in (False, True):
+    for transposed, block_h in itertools.product((False, True), (grad.gemm_h, 16)):  # 16: a LoRA
         a = operand(grad.gemm_k, grad.gemm_m) if transposed else operand(grad.gemm_m, grad.gemm_k)
         found.append(
             Case(
                 kernels_bwd.accumulate_gemm_kernel,
-                f"{'dweight' if transposed else 'dhidden'} {grad.gemm_m}x{grad.gemm_h}x{grad.gemm_k}",
+                f"{'dweight' if transposed else 'dhidden'} {grad.gemm_m}x{block_h}x{grad.gemm_k}",
                 {
                     **common,
                     "a": a,
-                    "b": operand(grad.gemm_k, grad.gemm_h),
+                    "b": operand(grad.gemm_k, block_h),
                     "sum_ptr": FP32,
                     "out_ptr": bf16 if transposed else FP32,
                 },
-                {**gemm, "TRANSPOSED": transposed, "FIRST": False, "LAST": transposed, "stride_b_h": 1, "stride_out_h": 1},
+                {
+                    **gemm,
+                    "BLOCK_H": block_h,
+                    "TRANSPOSED": transposed,
+                    "FIRST": False,
+                    "LAST": transposed,
+                    "stride_b_h": 1,
+                    "stride_out_h": 1,
+                },
                 grad.num_warps,
                 grad.num_stages,
                 gemm=True,
@@ -321,7 +346,8 @@ def _cases(architecture: str, *, described: bool) -> list[Case]:
                 1,
             )
         )
-    return found
+    with_lora = [case for case in found if "LOW_RANK" in case.kernel.arg_names]
+    return found + [replace(x, label=f"{x.label} LoRA", constants={**x.constants, "LOW_RANK": True}) for x in with_lora]
 
 
 @dataclass(frozen=True)

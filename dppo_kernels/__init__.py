@@ -6,6 +6,7 @@ this package touches neither CUDA nor Triton. Trainers on TRL live in :mod:`dppo
 
 from pathlib import Path
 
+from dppo_kernels._lora import LoraWeight
 from dppo_kernels.aggregate import REDUCTIONS, aggregate
 from dppo_kernels.divergence import DIVERGENCES, divergence, trust_region_mask
 from dppo_kernels.estimators import kl_estimate, log_ratio
@@ -22,6 +23,7 @@ __all__ = [
     "PRESETS",
     "REDUCTIONS",
     "LinearLogprobs",
+    "LoraWeight",
     "PolicyAux",
     "PolicyLossSpec",
     "Stat",

@@ -73,8 +73,6 @@ def _obstacle(op: str, name: str, device: torch.device, dtype: torch.dtype, *, n
     if name == "triton":
         if not named and device.type == "cpu":
             return "the interpreter is for tests"
-        if op == "linear_policy_loss" and dtype == torch.float16:
-            return "its exponentials need the exponent range of bfloat16 or float32, these tensors are float16"
         return _triton_obstacle(device, dtype)
     return None
 

@@ -17,6 +17,7 @@ WEIGHT_TILE_ELEMENTS = 1 << 22  # of the head: upcast for the tile, and a gradie
 # rows took the same time within the noise of 5 %. The CUDA figures are not measured.
 TARGET_ROWS = {"cpu": 256, "cuda": 4096}
 DEFAULT_WORKSPACE_BYTES = {"cpu": 40 << 20, "cuda": 512 << 20}
+ROW_BLOCKS = {"cpu": 16, "cuda": 128}  # rows of the largest block of the kernels that make them ("cpu": interpreted)
 # Fewer rows than this starve the gradient GEMMs and reread the head too often: recomputing in tiles is better then.
 MIN_ROWS = 16
 
@@ -92,14 +93,17 @@ INTERPRETER_GRAD_PLAN = GradPlan(32, 64, 16, 32, 32, 16, 32, 16, 4, 1)
 
 
 def pick_grad_plan(
-    capability: tuple[int, int] | None, dtype: torch.dtype, described: bool, *, softcap: bool = False
+    capability: tuple[int, int] | None, dtype: torch.dtype, described: bool, *, narrow: bool = False
 ) -> GradPlan:
-    """Strip and tiles for a device of this compute capability (None = the interpreter)."""
+    """Strip and tiles for a device of this compute capability (None = the interpreter).
+
+    `narrow`: logits have a soft-cap or a bias.
+    """
     if capability is None:
         return INTERPRETER_GRAD_PLAN
     plan = _first(_GRAD_PLANS, capability, dtype, described)
-    # Logits and their slopes live at the same time: a tile of 256 columns spills 400 bytes and more on sm_90.
-    return plan._replace(block_v=min(plan.block_v, 128)) if softcap else plan
+    # A soft-cap's slopes live beside the logits: 256 columns spill 400 bytes and more on sm_90. A bias alone spills 4.
+    return plan._replace(block_v=min(plan.block_v, 128)) if narrow else plan
 
 
 _Plan = TypeVar("_Plan")

@@ -38,6 +38,29 @@ def load_tile(
 
 
 @triton.jit
+def add_low_rank(
+    z,
+    low_hidden_ptr,  # compacted rows [N, R], contiguous
+    low_weight_ptr,  # [V, R], contiguous
+    row,
+    col,
+    N,
+    V,
+    R,
+    UPCAST: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """`z` plus the tile at (row, col) of the low-rank product."""
+    BLOCK_N: tl.constexpr = z.shape[0]
+    BLOCK_V: tl.constexpr = z.shape[1]
+    for k in range(0, R, BLOCK_R):
+        h = load_tile(low_hidden_ptr, row, k, N, R, R, 1, BLOCK_N, BLOCK_R, False, UPCAST)
+        w = load_tile(low_weight_ptr, col, k, V, R, R, 1, BLOCK_V, BLOCK_R, False, UPCAST)
+        z = tl.dot(h, tl.trans(w), z, input_precision="ieee")
+    return z
+
+
+@triton.jit
 def tanh(x):
     """Accurate in relative terms near 0 as well, where the exponential form cancels."""
     x2 = x * x

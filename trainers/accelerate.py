@@ -52,7 +52,7 @@ class LinearLogprobFunction(torch.autograd.Function):
         scalars = (float(temperature), float(logit_scale), final_logit_softcapping, IGNORE_INDEX, compute_dtype)
         design = ("recompute", 0)
         results = torch.ops.dppo_kernels.linear_logprobs(
-            hidden, weight, bias, targets, None, None, *scalars, ",".join(asked), *design, False, backend
+            hidden, weight, bias, None, None, targets, None, None, *scalars, ",".join(asked), *design, False, backend
         )
         by_name = dict(zip(FIELDS, results, strict=True))
         ctx.set_materialize_grads(False)
@@ -74,15 +74,17 @@ class LinearLogprobFunction(torch.autograd.Function):
                 hidden,
                 weight,
                 bias,
+                None,
+                None,
                 targets,
                 None,
                 None,
                 *statistics,
                 None,
                 *ctx.scalars,
-                *needs,
+                (*needs, False, False),
             )
-        return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 6)
+        return (*(g if need else None for g, need in zip(gradients[:3], needs, strict=True)), *(None,) * 6)
 
 
 class Acceleration:
@@ -149,4 +151,3 @@ def _restore() -> None:
     while _replaced:
         owner, name, original = _replaced.pop()
         setattr(owner, name, original)
-    accelerate_grpo.uninstall()

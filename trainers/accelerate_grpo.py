@@ -1,7 +1,6 @@
 """TRL's GRPOTrainer through `linear_policy_loss`: its loss, gradient and metrics, the gradient computed in the forward."""
 
 import functools
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,15 +9,12 @@ from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 
 from dppo_kernels import PRESETS, PolicyLossSpec
-from dppo_kernels.trainers._trl_seam import check_attributes
-from dppo_kernels.trainers.scoring import install_scoring
+from dppo_kernels.trainers._trl_seam import GRPOTrainer, check_attributes
+from dppo_kernels.trainers.scoring import scoring_installed
 
 LossMethod = Callable[[Any, Any, dict[str, Any]], Tensor]
 
 _LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo")
-
-# Models whose forward scores for the fused loss, with the forward they had.
-_installed: list[tuple["weakref.ref[nn.Module]", Any]] = []
 
 
 def fused_loss_obstacle(trainer: Any) -> str | None:
@@ -39,6 +35,9 @@ def fused_loss_obstacle(trainer: Any) -> str | None:
         return "the model is a vision-language model"
     if trainer.is_fsdp_enabled or trainer.accelerator.distributed_type == "DEEPSPEED":
         return "the lm_head is sharded"
+    scores = "_get_per_token_logps_and_entropies"
+    if getattr(type(trainer), scores) is not getattr(GRPOTrainer, scores):
+        return f"{type(trainer).__name__} overrides {scores}"
     head = _base_model(trainer).get_output_embeddings()
     if not isinstance(head, nn.Linear):
         return f"the lm_head is a {type(head).__name__}"
@@ -52,37 +51,15 @@ def fused(original: LossMethod) -> LossMethod:
     def _compute_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
         if fused_loss_obstacle(self) is not None:
             return original(self, model, inputs)
-        _install(self)
+        check_attributes(self)
         return _fused_loss(self, model, inputs)
 
     return _compute_loss
 
 
-def uninstall() -> None:
-    """Give every model the forward it had."""
-    while _installed:
-        reference, forward = _installed.pop()
-        model = reference()
-        if model is not None:
-            model.forward = forward
-
-
 def _base_model(trainer: Any) -> Any:
     model = trainer.accelerator.unwrap_model(trainer.model)
     return model.get_base_model() if is_peft_model(model) else model
-
-
-def _install(trainer: Any) -> None:
-    model = _base_model(trainer)
-    if not any(reference() is model for reference, _ in _installed):
-        check_attributes(trainer)
-        _installed.append((weakref.ref(model), model.forward))
-        install_scoring(
-            model,
-            temperature=trainer.temperature,
-            cast_lm_head_to_fp32=trainer.args.cast_lm_head_to_fp32,
-            derive_positions=False,  # TRL passes none
-        )
 
 
 def _spec(trainer: Any) -> PolicyLossSpec:
@@ -123,7 +100,13 @@ def _fused_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
         }
         normaliser, policy_scale = per_call[spec.reduction] * accumulation, accumulation
     corrected = self.use_vllm and self.vllm_importance_sampling_correction
-    with self.accelerator.autocast():
+    scoring = scoring_installed(
+        _base_model(self),
+        temperature=self.temperature,
+        cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32,
+        derive_positions=False,  # TRL passes none
+    )
+    with scoring, self.accelerator.autocast():
         scores = model(
             input_ids=torch.cat([inputs["prompt_ids"], completion_ids], dim=1),
             attention_mask=torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),

@@ -4,6 +4,7 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from dppo_kernels._tiling import MIN_ROWS
+from dppo_kernels.linear_logprobs.projection import Needs
 
 # What the unit gradient can be the gradient of, and what a chunk of exponentials yields.
 _UNIT = frozenset(("logprobs", "lse", "gathered"))
@@ -36,12 +37,13 @@ class Design(NamedTuple):
 
 def choose_design(
     *,
-    needs: tuple[bool, bool, bool],
+    needs: Needs,
     outputs: Collection[str],
     vocab: int,
     element_size: int,
     exponent_range: bool,
     keeps: bool,
+    lora: bool,
     workspace_bytes: int | None,
     default_bytes: int,
     target_rows: int,
@@ -49,12 +51,13 @@ def choose_design(
     """The design of a call.
 
     Args:
-        needs: whether a gradient of hidden, weight and bias is wanted.
+        needs: of which inputs a gradient is wanted.
         outputs: names of what is asked for, "gathered" among them.
         vocab: V.
         element_size: bytes of an exponential or a logit.
         exponent_range: whether exponentials fit their dtype (float16's range is too small).
         keeps: whether the backend can keep logits.
+        lora: whether the head has a low-rank update.
         workspace_bytes: the caller's; None = `default_bytes` for exponentials, nothing for logits that are kept.
         default_bytes: for exponentials.
         target_rows: rows of exponentials above which GEMMs gain nothing.
@@ -67,8 +70,11 @@ def choose_design(
         return Design("recompute", why="workspace_bytes=0")
     row_bytes = max(vocab * element_size, 1)
     others = sorted(set(outputs) - _FROM_EXPONENTIALS)
-    if needs[1] or needs[2]:
+    head_trained = needs.weight or needs.bias or needs.low_weight
+    if head_trained:
         why = "the head is trained and no workspace_bytes are given to keep logits"
+    elif lora:
+        why = "the head has a LoRA"
     elif not _UNIT.intersection(outputs):
         why = "only the entropy is asked for"
     elif others:
@@ -83,9 +89,8 @@ def choose_design(
     if workspace_bytes is None:
         return Design("recompute", why=why)
     if not keeps:
-        return Design(
-            "recompute", why=f"{why}; this backend keeps no logits" if not needs[1] else "this backend keeps no logits"
-        )
+        none_kept = "this backend keeps no logits"
+        return Design("recompute", why=none_kept if head_trained else f"{why}; {none_kept}")
     if workspace_bytes < row_bytes:
         return Design("recompute", why="the workspace holds no row")
     return Design("keep", workspace_bytes // row_bytes)

@@ -9,7 +9,7 @@ Programs that run together share a segment: a weight tile is read from device me
 `ids` ignores are compacted away on the device, their count never reaches the host. FLOPs 2 NHV; saved: row_max, log_sum.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dppo_kernels._tiling import LsePlan, pick_lse_plan
-from dppo_kernels._tl import fold_tile, load_tile, merge_stats, nonpositive, transform_logits
+from dppo_kernels._tl import add_low_rank, fold_tile, load_tile, merge_stats, nonpositive, transform_logits
 from dppo_kernels._triton import INTERPRET, can_describe, capability, launch_on, operand, program_count
 from dppo_kernels.linear_logprobs.projection import Projection
 
@@ -57,6 +57,11 @@ def linear_lse_fwd_kernel(
     softcap,
     stride_weight_v,
     stride_weight_h,
+    low_hidden_ptr,  # compacted rows [N, R], contiguous like the next
+    low_weight_ptr,  # [V, R]
+    R,
+    LOW_RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
@@ -95,6 +100,8 @@ def linear_lse_fwd_kernel(
             col = tile * BLOCK_V
             offs_v = col + tl.arange(0, BLOCK_V)
             z = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+            if LOW_RANK:
+                z = add_low_rank(z, low_hidden_ptr, low_weight_ptr, row, col, N, V, R, UPCAST, BLOCK_R)
             for k in range(0, H, BLOCK_H):
                 h = load_tile(hidden, row, k, N, H, H, 1, BLOCK_N, BLOCK_H, DESCRIPTOR, UPCAST)
                 w = load_tile(weight, col, k, V, H, stride_weight_v, stride_weight_h, BLOCK_V, BLOCK_H, DESCRIPTOR, UPCAST)
@@ -139,6 +146,11 @@ def gather_dot_kernel(
     softcap,
     stride_weight_v,
     stride_weight_h,
+    low_hidden_ptr,  # compacted rows [N, R], contiguous like the next
+    low_weight_ptr,  # [V, R]
+    R,
+    LOW_RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -156,6 +168,14 @@ def gather_dot_kernel(
             place = ids[:, None] * stride_weight_v + offs_h[None, :].to(tl.int64) * stride_weight_h
             w = tl.load(weight_ptr + place, mask=inside, other=0.0).to(tl.float32)
             z += tl.sum(h[None, :] * w, 1)
+        if LOW_RANK:
+            for k in range(0, R, BLOCK_R):
+                offs_r = k + tl.arange(0, BLOCK_R)
+                h = tl.load(low_hidden_ptr + row.to(tl.int64) * R + offs_r, mask=offs_r < R, other=0.0).to(tl.float32)
+                inside = (ids[:, None] >= 0) & (offs_r[None, :] < R)
+                place = ids[:, None] * R + offs_r[None, :]
+                w = tl.load(low_weight_ptr + place, mask=inside, other=0.0).to(tl.float32)
+                z += tl.sum(h[None, :] * w, 1)
         if HAS_BIAS:
             z += tl.load(bias_ptr + ids, mask=ids >= 0, other=0.0).to(tl.float32)
         z, _ = transform_logits(z, scale, softcap, tl.load(inverse_temperature_ptr + row), HAS_SOFTCAP)
@@ -246,26 +266,51 @@ class CompactRows(NamedTuple):
     order: Tensor  # [N] int64: the caller's row of each compacted row
     n_active: Tensor  # [1] int32
     inverse_temperature: Tensor  # [N] fp32
+    low_rank: tuple[Tensor, Tensor] | None  # [N, r] like hidden, and the low-rank weight [V, r]; contiguous, rounded
+
+    def low_rank_arguments(self) -> dict[str, Any]:
+        """What a projecting kernel takes for them; its other pointers stand in where there are none."""
+        if self.low_rank is None:
+            nothing = {"low_hidden_ptr": self.hidden, "low_weight_ptr": self.hidden, "R": 0}
+            return {**nothing, "LOW_RANK": False, "BLOCK_R": 16}
+        hidden, weight = self.low_rank
+        rank = weight.shape[1]
+        operands = {"low_hidden_ptr": hidden, "low_weight_ptr": weight, "R": rank}
+        return {**operands, "LOW_RANK": True, "BLOCK_R": rank_block(rank)}
+
+
+def rank_block(rank: int) -> int:
+    """Of a low-rank product: the least a matrix unit takes, and no more than a tile of the head's."""
+    return min(32, max(16, triton.next_power_of_2(rank)))
 
 
 def compact_rows(projection: Projection, active: Tensor) -> CompactRows:
     """Gather the rows of `hidden` where `active` [N]; reads no other row and does not wait for the device."""
-    # The kernel rounds to the compute dtype as it stores, except in the interpreter, which rounds bfloat16 wrongly.
-    hidden = projection.hidden.to(projection.compute_dtype) if INTERPRET else projection.hidden
-    n, width = hidden.shape
+    n, compute_dtype = active.shape[0], projection.compute_dtype
     order = torch.sort(active.to(torch.int8), descending=True, stable=True).indices
     count = active.sum(dtype=torch.int32).reshape(1)
-    compacted = hidden.new_empty((n, width), dtype=torch.float32 if INTERPRET else projection.compute_dtype)
-    block = min(1024, triton.next_power_of_2(max(width, 1)))
-    if n:
-        compact_rows_kernel[(n, triton.cdiv(width, block))](
-            hidden, order, count, compacted, width, *hidden.stride(), UPCAST=INTERPRET, BLOCK_H=block
-        )
+
+    def compact(source: Tensor) -> Tensor:
+        # The kernel rounds to the compute dtype as it stores, except in the interpreter, which rounds bfloat16 wrongly.
+        source = source.to(compute_dtype) if INTERPRET else source
+        width = source.shape[1]
+        compacted = source.new_empty((n, width), dtype=torch.float32 if INTERPRET else compute_dtype)
+        block = min(1024, triton.next_power_of_2(max(width, 1)))
+        if n:
+            compact_rows_kernel[(n, triton.cdiv(width, block))](
+                source, order, count, compacted, width, *source.stride(), UPCAST=INTERPRET, BLOCK_H=block
+            )
+        return compacted
+
     if isinstance(projection.temperature, Tensor):
         inverse_temperature = projection.temperature.float()[order].reciprocal()
     else:
-        inverse_temperature = hidden.new_full((n,), 1 / projection.temperature, dtype=torch.float32)
-    return CompactRows(compacted, order, count, inverse_temperature)
+        inverse_temperature = projection.hidden.new_full((n,), 1 / projection.temperature, dtype=torch.float32)
+    low_rank = None
+    if projection.low_rank is not None:
+        low_hidden, low_weight = projection.low_rank
+        low_rank = compact(low_hidden), low_weight.to(compute_dtype).contiguous()
+    return CompactRows(compact(projection.hidden), order, count, inverse_temperature, low_rank)
 
 
 def gather_logits(projection: Projection, weight: Tensor, rows: CompactRows, ids: Tensor) -> Tensor:
@@ -291,6 +336,7 @@ def gather_logits(projection: Projection, weight: Tensor, rows: CompactRows, ids
             *weight.stride(),
             HAS_BIAS=projection.bias is not None,
             HAS_SOFTCAP=projection.softcap is not None,
+            **rows.low_rank_arguments(),
             BLOCK_K=block_k,
             BLOCK_H=min(256, triton.next_power_of_2(max(width, 1))),
         )
@@ -372,6 +418,7 @@ def linear_logprobs_fwd(
             GROUP_BLOCKS=plan.group_blocks,
             num_warps=plan.num_warps,
             num_stages=plan.num_stages,
+            **rows.low_rank_arguments(),
             **flags,
         )
         linear_finish_kernel[(triton.cdiv(n, FINISH_ROWS),)](

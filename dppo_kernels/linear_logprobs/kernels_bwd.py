@@ -15,10 +15,10 @@ from torch import Tensor
 
 from dppo_kernels._row_stats import Upstream
 from dppo_kernels._tiling import GradPlan, chunks, pick_grad_plan
-from dppo_kernels._tl import FINITE_MINUS_INF, load_tile, transform_logits
-from dppo_kernels._triton import INTERPRET, can_describe, capability, launch_on, operand
+from dppo_kernels._tl import FINITE_MINUS_INF, add_low_rank, load_tile, transform_logits
+from dppo_kernels._triton import INTERPRET, can_describe, capability, descriptor_obstacle, launch_on, operand
 from dppo_kernels.linear_logprobs.kernels import CompactRows, compact_rows, gather_logits
-from dppo_kernels.linear_logprobs.projection import Projection
+from dppo_kernels.linear_logprobs.projection import Gradients, Needs, Projection
 
 
 @triton.jit
@@ -42,6 +42,11 @@ def linear_dlogits_kernel(
     softcap,
     stride_weight_v,
     stride_weight_h,
+    low_hidden_ptr,  # compacted rows [N, R], contiguous like the next
+    low_weight_ptr,  # [V, R]
+    R,
+    LOW_RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
@@ -59,6 +64,8 @@ def linear_dlogits_kernel(
         offs_n, offs_v = row + tl.arange(0, BLOCK_N), col + tl.arange(0, BLOCK_V)
         mask_n = offs_n < count
         z = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+        if LOW_RANK:
+            z = add_low_rank(z, low_hidden_ptr, low_weight_ptr, row, col, N, V, R, UPCAST, BLOCK_R)
         for k in range(0, H, BLOCK_H):
             h = load_tile(hidden, row, k, N, H, H, 1, BLOCK_N, BLOCK_H, DESCRIPTOR, UPCAST)
             w = load_tile(weight, col, k, V, H, stride_weight_v, stride_weight_h, BLOCK_V, BLOCK_H, DESCRIPTOR, UPCAST)
@@ -242,26 +249,24 @@ def linear_logprobs_bwd(
     saved: dict[str, Tensor],  # row_max, log_sum, and entropy where it has an upstream gradient
     *,
     ignore_index: int,
-    needs: tuple[bool, bool, bool],  # hidden, weight, bias
+    needs: tuple[bool, ...],  # as `Needs`
     plan: GradPlan | None = None,
     descriptors: bool | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden, weight and bias in their own dtypes; rows without upstream gradient never enter a GEMM.
+) -> Gradients:
+    """Gradients of the inputs in their own dtypes; rows without upstream gradient never enter a GEMM.
 
     `plan` and `descriptors` override what the device and the strides would choose.
     """
-    needs_hidden, needs_weight, needs_bias = needs
+    wanted = Needs(*needs)
     hidden, bias, device = projection.hidden, projection.bias, projection.hidden.device
-    needs_bias = needs_bias and bias is not None
     weight = projection.weight.to(projection.compute_dtype)
     (n, width), vocab = hidden.shape, weight.shape[0]
     # Kernels of an interpreter round bfloat16 wrongly, so there everything stays in fp32 until torch rounds it.
     stored = torch.float32 if INTERPRET else weight.dtype
-    dhidden_sum = hidden.new_zeros((n, width), dtype=torch.float32) if needs_hidden else None
-    dweight = torch.zeros_like(projection.weight, dtype=torch.float32 if INTERPRET else None) if needs_weight else None
-    dbias_sum = hidden.new_zeros(vocab, dtype=torch.float32) if needs_bias else None
+    dbias_sum = hidden.new_zeros(vocab, dtype=torch.float32) if wanted.bias and bias is not None else None
     if n == 0:
-        return _rounded(projection, dhidden_sum, dweight, dbias_sum)
+        inputs = zip(projection.inputs(), wanted, strict=True)
+        return Gradients(*(torch.zeros_like(x) if need and x is not None else None for x, need in inputs))
     with launch_on(device):
         active = upstream.any_per_row(ids != ignore_index)
         rows = compact_rows(projection, active)
@@ -269,17 +274,17 @@ def linear_logprobs_bwd(
         per_row = tuple(x[rows.order] for x in (saved["row_max"], saved["log_sum"], *coefficients))
         picked_ids, picked = _picked_gradients(projection, weight, rows, ids, gather_ids, upstream, per_row)
         described = can_describe(device, rows.hidden, weight, wanted=descriptors)
-        plan = plan or pick_grad_plan(capability(device), weight.dtype, described, softcap=projection.softcap is not None)
+        plan = plan or pick_grad_plan(capability(device), weight.dtype, described, narrow=projection.narrow)
         row_chunks, columns = chunks(n, plan.chunk_rows), chunks(vocab, plan.strip_cols)
         chunk_rows = min(n, plan.chunk_rows)
+        products = [_Product(projection.weight, weight, rows.hidden, wanted.hidden, wanted.weight, plan, described, n)]
+        if projection.low_rank is not None and rows.low_rank is not None:
+            low_hidden, low_weight = rows.low_rank
+            needs_low = wanted.low_hidden, wanted.low_weight
+            products.append(_Product(projection.low_rank[1], low_weight, low_hidden, *needs_low, plan, described, n))
         # Whole row blocks: the recomputation writes zeros behind the last row, which the GEMMs read.
         dz = hidden.new_empty((triton.cdiv(chunk_rows, plan.block_n) * plan.block_n, plan.strip_cols), dtype=stored)
-        dweight_sum = hidden.new_empty(
-            (plan.strip_cols if needs_weight and len(row_chunks) > 1 else 0, width), dtype=torch.float32
-        )
-        common = {"DESCRIPTOR": described, "UPCAST": INTERPRET, "COLS": plan.strip_cols}
         launch = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
-        blocks = {"BLOCK_M": plan.gemm_m, "BLOCK_H": plan.gemm_h, "BLOCK_K": plan.gemm_k}
         for cols in columns:
             for part in row_chunks:
                 origin = (part.start, cols.start)
@@ -305,7 +310,10 @@ def linear_logprobs_bwd(
                     BLOCK_N=plan.block_n,
                     BLOCK_V=plan.block_v,
                     BLOCK_H=plan.block_h,
-                    **common,
+                    DESCRIPTOR=described,
+                    UPCAST=INTERPRET,
+                    COLS=plan.strip_cols,
+                    **rows.low_rank_arguments(),
                     **launch,
                 )
                 if picked is not None:
@@ -322,42 +330,8 @@ def linear_logprobs_bwd(
                         BLOCK_K=triton.next_power_of_2(k),
                         num_warps=1,
                     )
-                sizes = (rows.n_active, *origin, chunk_rows, n, vocab, width)
-                if dhidden_sum is not None:
-                    grid = triton.cdiv(chunk_rows, plan.gemm_m), triton.cdiv(width, plan.gemm_h)
-                    accumulate_gemm_kernel[grid](
-                        operand(dz, (plan.gemm_m, plan.gemm_k), described),
-                        operand(weight, (plan.gemm_k, plan.gemm_h), described),
-                        dhidden_sum,
-                        dhidden_sum,
-                        *sizes,
-                        *weight.stride(),
-                        0,
-                        0,
-                        TRANSPOSED=False,
-                        FIRST=cols.start == 0,
-                        LAST=False,
-                        **common,
-                        **blocks,
-                        **launch,
-                    )
-                if dweight is not None:
-                    grid = triton.cdiv(cols.stop - cols.start, plan.gemm_m), triton.cdiv(width, plan.gemm_h)
-                    accumulate_gemm_kernel[grid](
-                        operand(dz, (plan.gemm_k, plan.gemm_m), described),
-                        operand(rows.hidden, (plan.gemm_k, plan.gemm_h), described),
-                        dweight_sum,
-                        dweight,
-                        *sizes,
-                        *rows.hidden.stride(),
-                        *dweight.stride(),
-                        TRANSPOSED=True,
-                        FIRST=part.start == 0,
-                        LAST=part.stop == n,
-                        **common,
-                        **blocks,
-                        **launch,
-                    )
+                for product in products:
+                    product.accumulate(dz, rows.n_active, part, cols, chunk_rows)
                 if dbias_sum is not None:
                     column_sums_kernel[(triton.cdiv(cols.stop - cols.start, 64),)](
                         dz,
@@ -372,10 +346,92 @@ def linear_logprobs_bwd(
                         BLOCK_N=32,
                         BLOCK_V=64,
                     )
+    dhidden, dweight = products[0].gradients(hidden, rows.order)
+    dbias = None if dbias_sum is None or bias is None else dbias_sum.to(bias.dtype)
+    low = products[1].gradients(projection.low_rank[0], rows.order) if projection.low_rank is not None else (None, None)
+    return Gradients(dhidden, dweight, dbias, *low)
+
+
+class _Product:
+    """``hidden @ weight^T`` as a part of the logits (all of them, or a low-rank update), and the gradients of both."""
+
+    def __init__(
+        self,
+        original: Tensor,  # the weight [V, width] as it was given
+        weight: Tensor,  # in the compute dtype
+        hidden: Tensor,  # [N, width] compacted
+        needs_hidden: bool,
+        needs_weight: bool,
+        plan: GradPlan,
+        described: bool,
+        n: int,
+    ) -> None:
+        self.original, self.weight, self.hidden, self.plan, self.n = original, weight, hidden, plan, n
+        width, device = weight.shape[1], weight.device
+        self.described = described and all(descriptor_obstacle(device, x) is None for x in (weight, hidden))
+        self.dhidden = torch.zeros((n, width), dtype=torch.float32, device=device) if needs_hidden else None
+        self.dweight = torch.zeros_like(original, dtype=torch.float32 if INTERPRET else None) if needs_weight else None
+        strip = plan.strip_cols if needs_weight and n > plan.chunk_rows else 0
+        self.dweight_strip = torch.empty((strip, width), dtype=torch.float32, device=device)
+
+    def accumulate(self, dz: Tensor, count: Tensor, part: slice, cols: slice, chunk_rows: int) -> None:
+        """Add what a strip [rows of a chunk, columns] of dL/d(logits before the transform) gives."""
+        plan, (vocab, width) = self.plan, self.weight.shape
+        block_h = gemm_columns(plan, width)
+        sizes = (count, part.start, cols.start, chunk_rows, self.n, vocab, width)
+        common = {
+            "DESCRIPTOR": self.described,
+            "UPCAST": INTERPRET,
+            "COLS": plan.strip_cols,
+            "BLOCK_M": plan.gemm_m,
+            "BLOCK_H": block_h,
+            "BLOCK_K": plan.gemm_k,
+            "num_warps": plan.num_warps,
+            "num_stages": plan.num_stages,
+        }
+        if self.dhidden is not None:
+            grid = triton.cdiv(chunk_rows, plan.gemm_m), triton.cdiv(width, block_h)
+            accumulate_gemm_kernel[grid](
+                operand(dz, (plan.gemm_m, plan.gemm_k), self.described),
+                operand(self.weight, (plan.gemm_k, block_h), self.described),
+                self.dhidden,
+                self.dhidden,
+                *sizes,
+                *self.weight.stride(),
+                0,
+                0,
+                TRANSPOSED=False,
+                FIRST=cols.start == 0,
+                LAST=False,
+                **common,
+            )
+        if self.dweight is not None:
+            grid = triton.cdiv(cols.stop - cols.start, plan.gemm_m), triton.cdiv(width, block_h)
+            accumulate_gemm_kernel[grid](
+                operand(dz, (plan.gemm_k, plan.gemm_m), self.described),
+                operand(self.hidden, (plan.gemm_k, block_h), self.described),
+                self.dweight_strip,
+                self.dweight,
+                *sizes,
+                *self.hidden.stride(),
+                *self.dweight.stride(),
+                TRANSPOSED=True,
+                FIRST=part.start == 0,
+                LAST=part.stop == self.n,
+                **common,
+            )
+
+    def gradients(self, hidden: Tensor, order: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Of `hidden` [N, width] in the caller's order, and of the weight; in their own dtypes."""
         dhidden = None
-        if dhidden_sum is not None:
-            dhidden = torch.empty_like(hidden).index_copy_(0, rows.order, dhidden_sum.to(hidden.dtype))
-    return _rounded(projection, dhidden, dweight, dbias_sum)
+        if self.dhidden is not None:
+            dhidden = torch.empty_like(hidden).index_copy_(0, order, self.dhidden.to(hidden.dtype))
+        return dhidden, None if self.dweight is None else self.dweight.to(self.original.dtype)
+
+
+def gemm_columns(plan: GradPlan, width: int) -> int:
+    """Columns of an accumulating GEMM's tile; a low-rank update has few."""
+    return min(plan.gemm_h, max(16, triton.next_power_of_2(width)))
 
 
 def _picked_gradients(
@@ -413,12 +469,3 @@ def _picked_gradients(
         num_warps=1,
     )
     return picked_ids, picked
-
-
-def _rounded(
-    projection: Projection, dhidden: Tensor | None, dweight: Tensor | None, dbias: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    like = (projection.hidden, projection.weight, projection.bias)
-    return tuple(  # type: ignore[return-value]
-        None if grad is None or x is None else grad.to(x.dtype) for grad, x in zip((dhidden, dweight, dbias), like, strict=True)
-    )

@@ -15,10 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from dppo_kernels._tiling import GradPlan, pick_grad_plan
-from dppo_kernels._tl import FINITE_MINUS_INF, load_tile, transform_logits
-from dppo_kernels._triton import INTERPRET, can_describe, capability, operand
+from dppo_kernels._tl import FINITE_MINUS_INF, add_low_rank, load_tile, transform_logits
+from dppo_kernels._triton import INTERPRET, can_describe, capability, descriptor_obstacle, operand
 from dppo_kernels.linear_logprobs.kernels import CompactRows
-from dppo_kernels.linear_logprobs.kernels_bwd import accumulate_gemm_kernel
+from dppo_kernels.linear_logprobs.kernels_bwd import accumulate_gemm_kernel, gemm_columns
 from dppo_kernels.linear_logprobs.projection import Projection
 
 LARGEST_SUM = tl.constexpr(2.0**64)
@@ -48,6 +48,11 @@ def exponentials_kernel(
     softcap,
     stride_weight_v,
     stride_weight_h,
+    low_hidden_ptr,  # compacted rows [N, R], contiguous like the next
+    low_weight_ptr,  # [V, R]
+    R,
+    LOW_RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     FOLD_SLOPE: tl.constexpr,
@@ -71,6 +76,8 @@ def exponentials_kernel(
         local_n = local_row + tl.arange(0, BLOCK_N)
         mask_n = (offs_n < count) & (local_n < chunk_rows)
         z = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+        if LOW_RANK:
+            z = add_low_rank(z, low_hidden_ptr, low_weight_ptr, row, col, N, V, R, UPCAST, BLOCK_R)
         for k in range(0, H, BLOCK_H):
             h = load_tile(hidden, row, k, N, H, H, 1, BLOCK_N, BLOCK_H, DESCRIPTOR, UPCAST)
             w = load_tile(weight, col, k, V, H, stride_weight_v, stride_weight_h, BLOCK_V, BLOCK_H, DESCRIPTOR, UPCAST)
@@ -193,7 +200,7 @@ class ChunkLauncher:
         self.with_dot, self.fold_slope = with_dot, fold_slope
         aligned = torch.empty(1, self.width, dtype=x.compute_dtype, device=self.device)  # compacted rows are contiguous
         self.described = can_describe(self.device, aligned, self.weight, wanted=descriptors)
-        chosen = pick_grad_plan(capability(self.device), x.compute_dtype, self.described, softcap=x.softcap is not None)
+        chosen = pick_grad_plan(capability(self.device), x.compute_dtype, self.described, narrow=x.narrow)
         self.plan = plan = plan or chosen
         self.chunk_rows = triton.cdiv(min(chunk_rows, x.hidden.shape[0]), plan.block_n) * plan.block_n
         self.cols = triton.cdiv(self.vocab, plan.block_v) * plan.block_v
@@ -202,7 +209,6 @@ class ChunkLauncher:
         self.partials = [self.new((self.cols // plan.block_v, self.chunk_rows)) for _ in range(3)]
         self.tile = {"DESCRIPTOR": self.described, "UPCAST": INTERPRET}
         self.launch = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
-        self.gemm_blocks = {"BLOCK_M": plan.gemm_m, "BLOCK_H": plan.gemm_h, "BLOCK_K": plan.gemm_k}
 
     def new(self, shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
@@ -239,6 +245,7 @@ class ChunkLauncher:
                 x.logit_scale,
                 x.softcap or 1.0,
                 *self.weight.stride(),
+                **rows.low_rank_arguments(),
                 HAS_BIAS=x.bias is not None,
                 HAS_SOFTCAP=x.softcap is not None,
                 FOLD_SLOPE=self.fold_slope,
@@ -268,25 +275,38 @@ class ChunkLauncher:
             )
         return sums
 
-    def product_with_head(self, e: Tensor, count: Tensor) -> Tensor:
-        """``e @ weight`` [chunk_rows, H] in fp32; rows beyond `count` are 0."""
-        plan, size = self.plan, self.chunk_rows
-        product = torch.zeros((size, self.width), dtype=torch.float32, device=self.device)
-        accumulate_gemm_kernel[(triton.cdiv(size, plan.gemm_m), triton.cdiv(self.width, plan.gemm_h))](
-            operand(e, (plan.gemm_m, plan.gemm_k), self.described),
-            operand(self.weight, (plan.gemm_k, plan.gemm_h), self.described),
-            product,
-            product,
-            *(count, 0, 0, size, size, self.vocab, self.width),
-            *self.weight.stride(),
+    def rows_gradient(self, e: Tensor, weight: Tensor, count: Tensor) -> Tensor:
+        """``e @ weight`` [chunk_rows, width of weight] in fp32; rows beyond `count` are 0."""
+        width = weight.shape[1]
+        product = torch.zeros((self.chunk_rows, width), dtype=torch.float32, device=self.device)
+        self._gemm(e, weight, product, count, self.chunk_rows, transposed=False)
+        return product
+
+    def add_weight_gradient(self, e: Tensor, rows: Tensor, out: Tensor, count: Tensor) -> None:
+        """``out [V, width] += e^T @ rows [chunk_rows, width]``, over `count` rows; `out` in fp32."""
+        self._gemm(e, rows, out, count, self.vocab, transposed=True)
+
+    def _gemm(self, e: Tensor, other: Tensor, out: Tensor, count: Tensor, m: int, *, transposed: bool) -> None:
+        plan, size, width = self.plan, self.chunk_rows, other.shape[1]
+        block_h = gemm_columns(plan, width)
+        described = self.described and descriptor_obstacle(self.device, other) is None
+        accumulate_gemm_kernel[(triton.cdiv(m, plan.gemm_m), triton.cdiv(width, block_h))](
+            operand(e, (plan.gemm_k, plan.gemm_m) if transposed else (plan.gemm_m, plan.gemm_k), described),
+            operand(other, (plan.gemm_k, block_h), described),
+            out,
+            out,
+            *(count, 0, 0, size, size, self.vocab, width),
+            *other.stride(),
             0,
             0,
-            TRANSPOSED=False,
-            FIRST=True,
+            TRANSPOSED=transposed,
+            FIRST=not transposed,  # rows' gradients are done with a chunk, those of the head are added up
             LAST=False,
             COLS=self.cols,
-            **self.gemm_blocks,
-            **self.tile,
+            BLOCK_M=plan.gemm_m,
+            BLOCK_H=block_h,
+            BLOCK_K=plan.gemm_k,
+            DESCRIPTOR=described,
+            UPCAST=INTERPRET,
             **self.launch,
         )
-        return product

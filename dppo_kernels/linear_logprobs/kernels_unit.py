@@ -133,7 +133,7 @@ def unit_gradient_fwd(
                 total[live] += (target[part] - of_chunk.anchor[live]).exp()
                 block_h = min(1024, triton.next_power_of_2(width))
                 scatter_rows_kernel[(size, triton.cdiv(width, block_h))](
-                    launcher.product_with_head(slot, count),
+                    launcher.rows_gradient(slot, launcher.weight, count),
                     total.reciprocal_(),
                     source,
                     rows.order,

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from dppo_kernels import _backend, _checks
+from dppo_kernels._lora import LoraWeight, split_head
 from dppo_kernels._numerics import autocast_dtype, split_temperature, stat_dtype
 from dppo_kernels._row_stats import OUTPUTS, Upstream
 from dppo_kernels._tiling import DEFAULT_WORKSPACE_BYTES, TARGET_ROWS
 from dppo_kernels.linear_logprobs import torch_impl, unit_gradient
 from dppo_kernels.linear_logprobs.design import Design, choose_design
-from dppo_kernels.linear_logprobs.projection import Projection
+from dppo_kernels.linear_logprobs.projection import Gradients, Needs, Projection
 from dppo_kernels.linear_logprobs.reference import linear_logprobs_ref
 
 
@@ -30,7 +31,7 @@ class LinearLogprobs(NamedTuple):
 
 def linear_logprobs(
     hidden: Tensor,  # [..., H]
-    weight: Tensor,  # [V, H]
+    weight: Tensor | LoraWeight,  # [V, H]
     ids: Tensor,  # [...]
     *,
     bias: Tensor | None = None,  # [V]
@@ -57,7 +58,8 @@ def linear_logprobs(
 
     Args:
         hidden: [..., H] hidden states, already shifted: row t predicts ``ids[t]``.
-        weight: [V, H] lm_head, of hidden's dtype (under autocast: any; both are rounded to the autocast dtype).
+        weight: [V, H] lm_head, of hidden's dtype (under autocast: any; both are rounded to the autocast dtype), or a
+            `LoraWeight`, whose sum with its update is never made.
         ids: [...] int32/int64 token ids. Rows equal to `ignore_index` give 0, get no gradient and enter no GEMM.
         bias: [V] lm_head bias.
         gather_ids: [..., K] ids whose log-probs are wanted as well; an id < 0 gives 0 and no gradient.
@@ -93,6 +95,7 @@ def linear_logprobs(
     lead, hidden_size = ids.shape, hidden.shape[-1]
     hidden = hidden.reshape(-1, hidden_size)
     ids = ids.reshape(-1).long()
+    weight, low_hidden, low_weight = split_head(weight, hidden, ids != ignore_index, compute_dtype)
     if gather_ids is not None:
         gather_ids = gather_ids.reshape(ids.shape[0], gather_ids.shape[-1]).long()
     row_temperature, scalar_temperature = split_temperature(temperature, ids.shape[0], stat_dtype(compute_dtype))
@@ -111,16 +114,18 @@ def linear_logprobs(
                 logit_scale=logit_scale,
                 softcap=softcap,
                 ignore_index=ignore_index,
+                low_hidden=low_hidden,
+                low_weight=None if low_weight is None else low_weight.to(compute_dtype),
             )
     else:
         # Above autograd: inside the op nothing requires a gradient.
-        trained = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+        inputs = (hidden, weight, None if bias is None else bias.contiguous(), low_hidden, low_weight)
+        needs = Needs(*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs))
         asked = (*outputs, *(("gathered",) if gather_ids is not None else ()))
-        design = _design(trained, asked, weight.shape[0], compute_dtype, hidden.device, workspace_bytes, name)
+        lora = low_hidden is not None
+        design = _design(needs, asked, weight.shape[0], compute_dtype, hidden.device, lora, workspace_bytes, name)
         flat = torch.ops.dppo_kernels.linear_logprobs(
-            hidden,
-            weight,
-            bias,
+            *inputs,
             ids,
             gather_ids,
             row_temperature,
@@ -149,6 +154,7 @@ def explain_linear_logprobs(
     outputs: Sequence[str] = ("logprobs",),
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    lora: bool = False,
     workspace_bytes: int | None = None,
     backend: str | None = None,
 ) -> str:
@@ -160,6 +166,7 @@ def explain_linear_logprobs(
         outputs: as in `linear_logprobs`, and "gathered" where `gather_ids` are given.
         dtype: of hidden and weight (under autocast: the autocast dtype).
         device: where they are.
+        lora: whether the head is a `LoraWeight`; its base is what `needs_gradient` calls weight, its factors are trained.
         workspace_bytes: as in `linear_logprobs`.
         backend: as in `linear_logprobs`.
     """
@@ -170,26 +177,29 @@ def explain_linear_logprobs(
     name = _backend.resolve("linear_logprobs", backend, device, dtype)
     if name == "reference":
         return "reference: autograd through row chunks that are recomputed"
-    return f"{name}: {_design(needs_gradient, outputs, vocab, dtype, device, workspace_bytes, name).explain()}"
+    needs = Needs(*needs_gradient, lora, lora)
+    return f"{name}: {_design(needs, outputs, vocab, dtype, device, lora, workspace_bytes, name).explain()}"
 
 
 def _design(
-    needs: Sequence[bool],
+    needs: Needs,
     outputs: Sequence[str],
     vocab: int,
     compute_dtype: torch.dtype,
     device: torch.device,
+    lora: bool,
     workspace_bytes: int | None,
     backend: str,
 ) -> Design:
     kind = "cuda" if device.type == "cuda" else "cpu"
     return choose_design(
-        needs=(needs[0], needs[1], needs[2]),
+        needs=needs,
         outputs=outputs,
         vocab=vocab,
         element_size=(compute_dtype if backend == "triton" else stat_dtype(compute_dtype)).itemsize,
         exponent_range=backend != "triton" or compute_dtype != torch.float16,
         keeps=backend != "triton",
+        lora=lora,
         workspace_bytes=workspace_bytes,
         default_bytes=DEFAULT_WORKSPACE_BYTES[kind],
         target_rows=TARGET_ROWS[kind],
@@ -208,6 +218,8 @@ def _forward_op(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    low_hidden: Tensor | None,
+    low_weight: Tensor | None,
     ids: Tensor,
     gather_ids: Tensor | None,
     row_temperature: Tensor | None,
@@ -225,9 +237,9 @@ def _forward_op(
     if hidden.device.type == "cpu" or check_values:
         _checks.check_values(ids, gather_ids, row_temperature, weight.shape[0], ignore_index)
     asked = frozenset(outputs.split(","))
-    projection = Projection(
-        hidden, weight, bias, temperature if row_temperature is None else row_temperature, logit_scale, softcap, compute_dtype
-    )
+    row_or_scalar = temperature if row_temperature is None else row_temperature
+    low_rank = pair(low_hidden, low_weight)
+    projection = Projection(hidden, weight, bias, row_or_scalar, logit_scale, softcap, compute_dtype, low_rank)
     with torch.autocast(hidden.device.type, enabled=False):
         if design == "unit":
             values = unit_implementation(backend)[0](
@@ -246,7 +258,14 @@ def _forward_op(
 
 @_forward_op.register_fake
 def _(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, gather_ids: Tensor | None, *rest: Any
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    low_hidden: Tensor | None,
+    low_weight: Tensor | None,
+    ids: Tensor,
+    gather_ids: Tensor | None,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
     compute_dtype, outputs, design, design_rows, *_ = rest[-6:]
     asked, dtype, n = frozenset(outputs.split(",")), stat_dtype(compute_dtype), ids.shape[0]
@@ -263,7 +282,12 @@ def _(
     return _pack(values, asked, dtype, hidden)
 
 
-def implementation(backend: str) -> tuple[Callable[..., dict[str, Tensor]], Callable[..., Any]]:
+def pair(low_hidden: Tensor | None, low_weight: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """A schema has no optional pairs."""
+    return None if low_hidden is None or low_weight is None else (low_hidden, low_weight)
+
+
+def implementation(backend: str) -> tuple[Callable[..., dict[str, Tensor]], Callable[..., Gradients]]:
     """(forward, backward) of a backend."""
     if backend == "triton":  # imported here: the package works without Triton
         from dppo_kernels.linear_logprobs import kernels, kernels_bwd
@@ -300,6 +324,8 @@ def _backward_op(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    low_hidden: Tensor | None,
+    low_weight: Tensor | None,
     ids: Tensor,
     gather_ids: Tensor | None,
     row_temperature: Tensor | None,
@@ -313,13 +339,11 @@ def _backward_op(
     ignore_index: int,
     compute_dtype: torch.dtype,
     backend: str,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    projection = Projection(
-        hidden, weight, bias, temperature if row_temperature is None else row_temperature, logit_scale, softcap, compute_dtype
-    )
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    row_or_scalar = temperature if row_temperature is None else row_temperature
+    low_rank = pair(low_hidden, low_weight)
+    projection = Projection(hidden, weight, bias, row_or_scalar, logit_scale, softcap, compute_dtype, low_rank)
     saved = {"row_max": row_max, "log_sum": log_sum}
     if dentropy is not None:
         saved["entropy"] = entropy
@@ -333,10 +357,12 @@ def _backward_op(
             Upstream(dlogprobs, dlse, dentropy, dgathered),
             saved,
             ignore_index=ignore_index,
-            needs=(needs_hidden, needs_weight, needs_bias),
+            needs=tuple(needs),
         )
-    empty = (hidden.new_empty(0), weight.new_empty(0), (weight if bias is None else bias).new_empty(0))
-    return tuple(e if g is None else g for g, e in zip(grads, empty, strict=True))  # type: ignore[return-value]
+    return tuple(  # type: ignore[return-value]
+        (hidden if x is None else x).new_empty(0) if grad is None else grad
+        for grad, x in zip(grads, projection.inputs(), strict=True)
+    )
 
 
 @_backward_op.register_fake
@@ -348,12 +374,15 @@ def _(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    low_hidden: Tensor | None,
+    low_weight: Tensor | None,
     *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = (hidden, weight, weight if bias is None else bias)
-    needs = (*rest[-3:-1], rest[-1] and bias is not None)
-    dhidden, dweight, dbias = (torch.empty_like(x) if need else x.new_empty(0) for x, need in zip(inputs, needs, strict=True))
-    return dhidden, dweight, dbias
+) -> tuple[Tensor, ...]:
+    inputs = (hidden, weight, bias, low_hidden, low_weight)
+    return tuple(
+        torch.empty_like(x) if need and x is not None else (hidden if x is None else x).new_empty(0)
+        for x, need in zip(inputs, rest[-1], strict=True)
+    )
 
 
 @torch.library.custom_op("dppo_kernels::linear_logprobs_unit_backward", mutates_args=())
@@ -397,20 +426,20 @@ def _(dlogprobs: Tensor | None, dlse: Tensor | None, dgathered: Tensor | None, h
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, ids, gather_ids, row_temperature, *scalars, outputs, design, _, _, backend = inputs
+    trainable, (ids, gather_ids, row_temperature, *scalars, outputs, design, _, _, backend) = inputs[:5], inputs[5:]
     values = dict(zip(FIELDS, output, strict=True))
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*(values[name] for name in FIELDS if name not in _DIFFERENTIABLE))
     ctx.save_for_backward(
-        *(hidden, weight, bias, ids, gather_ids, row_temperature, values["entropy"]),
-        *(values[name] for name in _SAVED),
+        *trainable, *(ids, gather_ids, row_temperature, values["entropy"]), *(values[name] for name in _SAVED)
     )
     ctx.scalars, ctx.design = (*scalars, backend), design
     ctx.outputs = outputs.split(",")
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    hidden, weight, bias, ids, gather_ids, row_temperature, entropy, row_max, log_sum, unit, picked, kept = ctx.saved_tensors
+    trainable, (ids, gather_ids, row_temperature, entropy, *saved) = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+    row_max, log_sum, unit, picked, kept = saved
     by_name = dict(zip(FIELDS, grads, strict=True))
     # A placeholder can be handed a (materialised) gradient under torch.compile; only asked-for outputs count.
     dlogprobs, dlse, dentropy, dgathered = (by_name[k] if k in (*ctx.outputs, "gathered") else None for k in _DIFFERENTIABLE)
@@ -420,14 +449,14 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     rows = (ids, gather_ids, row_temperature, row_max, log_sum)
     if ctx.design == "unit" and dentropy is None:
         dhidden = torch.ops.dppo_kernels.linear_logprobs_unit_backward(
-            dlogprobs, dlse, dgathered, hidden, weight, *rows, unit, picked, *ctx.scalars
+            dlogprobs, dlse, dgathered, *trainable[:2], *rows, unit, picked, *ctx.scalars
         )
-        return (dhidden, None, None, *constants)
-    needs = ctx.needs_input_grad[:3]
+        return (dhidden, None, None, None, None, *constants)
+    needs = list(ctx.needs_input_grad[:5])
     if ctx.design != "keep":
         kept = None
     gradients = torch.ops.dppo_kernels.linear_logprobs_backward(
-        dlogprobs, dlse, dentropy, dgathered, hidden, weight, bias, *rows, entropy, kept, *ctx.scalars, *needs
+        dlogprobs, dlse, dentropy, dgathered, *trainable, *rows, entropy, kept, *ctx.scalars, needs
     )
     return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), *constants)
 
@@ -437,7 +466,7 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 def check_linear_arguments(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | LoraWeight,
     ids: Tensor,
     bias: Tensor | None,
     gather_ids: Tensor | None,
@@ -447,10 +476,13 @@ def check_linear_arguments(
 ) -> None:
     """Checks of everything that makes logits."""
     _checks.check_floating("hidden", hidden)
+    lora, weight = (weight, weight.base) if isinstance(weight, LoraWeight) else (None, weight)
     _checks.check_floating("weight", weight)
     _checks.check_ids("ids", ids)
     if weight.dim() != 2:
         raise ValueError(f"`weight` must be [V, H], got shape {list(weight.shape)}")
+    if lora is not None:
+        lora.check(hidden)
     _checks.check_shape("hidden", hidden, (*ids.shape, weight.shape[1]), "[*ids.shape, H of `weight`]")
     if hidden.dtype != weight.dtype and autocast_dtype(hidden.device) is None:
         raise TypeError(f"`hidden` is {hidden.dtype} and `weight` is {weight.dtype}: cast one, or run under torch.autocast")

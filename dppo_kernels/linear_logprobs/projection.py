@@ -1,11 +1,32 @@
 """Hidden rows and a head: what every implementation of the family takes, and the logit transform in torch."""
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dppo_kernels._numerics import stat_dtype
+
+
+class Needs(NamedTuple):
+    """Of which inputs a gradient is wanted."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+    low_hidden: bool = False
+    low_weight: bool = False
+
+
+class Gradients(NamedTuple):
+    """Of the inputs, None where it was not wanted."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    low_hidden: Tensor | None = None
+    low_weight: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -25,6 +46,15 @@ class Projection:
     def dtype(self) -> torch.dtype:
         return stat_dtype(self.compute_dtype)
 
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        """What may be trained, in the order of `Gradients`."""
+        return (self.hidden, self.weight, self.bias, *(self.low_rank or (None, None)))
+
+    @property
+    def narrow(self) -> bool:
+        """Whether kernels that rebuild logits have more to keep in registers than products."""
+        return self.softcap is not None or self.bias is not None
+
     def select(self, rows: Tensor) -> "Projection":
         """The same head over a subset of rows (no copy when it is all of them)."""
         if rows.shape[0] == self.hidden.shape[0]:
@@ -36,7 +66,8 @@ class Projection:
     def cut(self, rows: slice) -> "Projection":
         """The same head over consecutive rows, without a copy."""
         temperature = self.temperature[rows] if isinstance(self.temperature, Tensor) else self.temperature
-        return replace(self, hidden=self.hidden[rows], temperature=temperature)
+        low_rank = None if self.low_rank is None else (self.low_rank[0][rows], self.low_rank[1])
+        return replace(self, hidden=self.hidden[rows], temperature=temperature, low_rank=low_rank)
 
     def rounded(self, x: Tensor) -> Tensor:
         """An input as it enters a product: rounded as autocast asks, in the precision products accumulate in."""
@@ -48,13 +79,21 @@ class Projection:
     def weight_columns(self, cols: slice) -> Tensor:
         return self.rounded(self.weight[cols])
 
+    def low_hidden_rows(self, rows: slice) -> Tensor:
+        assert self.low_rank is not None
+        return self.rounded(self.low_rank[0][rows])
+
+    def low_weight_columns(self, cols: slice) -> Tensor:
+        assert self.low_rank is not None
+        return self.rounded(self.low_rank[1][cols])
+
     def logits(
         self, h: Tensor, w: Tensor, rows: slice, cols: slice, out: Tensor, *, with_slope: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """``z`` of one tile in `out` [rows, cols], and (asked for) ``1 - tanh^2`` where there is a soft-cap."""
         z = torch.mm(h, w.t(), out=out)
         if self.low_rank is not None:
-            z.addmm_(self.rounded(self.low_rank[0][rows]), self.rounded(self.low_rank[1][cols]).t())
+            z.addmm_(self.low_hidden_rows(rows), self.low_weight_columns(cols).t())
         if self.bias is not None:
             z += self.bias[cols].to(self.dtype)
         return self._transform(z, rows, with_slope)

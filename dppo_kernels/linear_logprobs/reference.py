@@ -28,19 +28,26 @@ def linear_logprobs_ref(
     logit_scale: float,
     softcap: float | None,
     ignore_index: int,
+    low_hidden: Tensor | None = None,  # [N, r]
+    low_weight: Tensor | None = None,  # [V, r]: low_hidden @ low_weight^T is added to hidden @ weight^T
 ) -> dict[str, Tensor]:
     """Every output by name, each [N] (``gathered`` [N, K]); ignored rows are 0."""
     dtype = stat_dtype(hidden.dtype)
     w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
 
-    def score(h: Tensor, ids: Tensor, gather_ids: Tensor | None, temperature: float | Tensor) -> dict[str, Tensor]:
-        z = logit_scale * torch.nn.functional.linear(h.to(dtype), w, b)
+    def score(
+        h: Tensor, low: Tensor | None, ids: Tensor, gather_ids: Tensor | None, temperature: float | Tensor
+    ) -> dict[str, Tensor]:
+        x = torch.nn.functional.linear(h.to(dtype), w, b)
+        if low is not None and low_weight is not None:
+            x = x + torch.nn.functional.linear(low.to(dtype), low_weight.to(dtype))
+        z = logit_scale * x
         if softcap is not None:
             z = softcap * torch.tanh(z / softcap)
         z = z / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
         return statistics_ref(z, ids, gather_ids, ignore_index=ignore_index)
 
-    return by_row_chunks(score, (hidden, ids, gather_ids, temperature), pick_row_chunk(weight.shape[0]))
+    return by_row_chunks(score, (hidden, low_hidden, ids, gather_ids, temperature), pick_row_chunk(weight.shape[0]))
 
 
 def by_row_chunks(score: Callable[..., dict[str, Tensor]], rowwise: tuple[Any, ...], size: int) -> dict[str, Tensor]:

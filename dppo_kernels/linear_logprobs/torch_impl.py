@@ -4,7 +4,7 @@ Only one tile of logits (rows x vocabulary columns, in the statistics' precision
 inputs, and per row the maximum, the log-sum relative to it and the entropy; if asked, the logits of the first rows as well.
 Vocabulary tiles are the outer loop, so a weight tile is read (and upcast) once and a tile of ``dweight`` is accumulated in full
 precision and rounded once. FLOPs: forward 2 NHV; backward 2 NHV recompute (not of rows whose logits were kept) + 2 NHV per
-gradient of hidden and weight, over rows with upstream gradient only.
+gradient of hidden and weight, over rows with upstream gradient only (a LoRA: the same with r in place of H, on top).
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dppo_kernels._row_stats import RowStats, Upstream, logits_gradient
 from dppo_kernels._tiling import chunks, matrix, pick_linear_tile
-from dppo_kernels.linear_logprobs.projection import Projection
+from dppo_kernels.linear_logprobs.projection import Gradients, Needs, Projection
 
 
 def linear_logprobs_fwd(
@@ -57,18 +57,27 @@ def linear_logprobs_bwd(
     saved: dict[str, Tensor],  # row_max, log_sum, entropy where it has an upstream gradient, and kept if logits were
     *,
     ignore_index: int,
-    needs: tuple[bool, bool, bool],  # hidden, weight, bias
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden, weight and bias in their own dtypes; rows without upstream gradient never enter a GEMM."""
-    needs_hidden, needs_weight, needs_bias = needs
+    needs: tuple[bool, ...],  # as `Needs`
+) -> Gradients:
+    """Gradients of the inputs in their own dtypes; rows without upstream gradient never enter a GEMM."""
+    wanted = Needs(*needs)
     counted = ids != ignore_index
     rows, _ = upstream.partition(counted)
     n_rows, vocab = rows.shape[0], projection.weight.shape[0]
     active, dtype = projection.select(rows), projection.dtype
-    hidden, weight, bias = projection.hidden, projection.weight, projection.bias
-    dhidden_rows = hidden.new_zeros((n_rows, hidden.shape[1]), dtype=dtype) if needs_hidden else None
-    dweight = torch.zeros_like(weight) if needs_weight else None
-    dbias = torch.zeros_like(bias) if needs_bias and bias is not None else None
+    hidden, weight, bias, low_hidden, low_weight = projection.inputs()
+    assert hidden is not None
+    assert weight is not None
+
+    def row_sums(x: Tensor | None, need: bool) -> Tensor | None:
+        return x.new_zeros((n_rows, x.shape[1]), dtype=dtype) if need and x is not None else None
+
+    def by_column(x: Tensor | None, need: bool) -> Tensor | None:
+        return torch.zeros_like(x) if need and x is not None else None
+
+    dhidden_rows, dlow_rows = row_sums(hidden, wanted.hidden), row_sums(low_hidden, wanted.low_hidden)
+    dweight, dbias = by_column(weight, wanted.weight), by_column(bias, wanted.bias)
+    dlow_weight = by_column(low_weight, wanted.low_weight)
 
     upstream = upstream.take(rows, dtype)
     kept = saved.get("kept")
@@ -83,8 +92,9 @@ def linear_logprobs_bwd(
     parts = chunks(n_kept, tile.rows) + [slice(n_kept + x.start, n_kept + x.stop) for x in chunks(n_rows - n_kept, tile.rows)]
     for cols in chunks(vocab, tile.cols) if n_rows else ():
         w = active.weight_columns(cols)
-        dw = torch.zeros_like(w) if needs_weight else None
+        dw = torch.zeros_like(w) if dweight is not None else None
         db = w.new_zeros(w.shape[0]) if dbias is not None else None
+        dlow = None if dlow_weight is None else dlow_weight.new_zeros(dlow_weight[cols].shape, dtype=dtype)
         for part in parts:
             h = active.hidden_rows(part)
             z = matrix(buffer, h.shape[0], w.shape[0])
@@ -112,12 +122,22 @@ def linear_logprobs_bwd(
                 dw.addmm_(dz.t(), h)
             if db is not None:
                 db += dz.sum(0)
+            if dlow_rows is not None:
+                dlow_rows[part].addmm_(dz, active.low_weight_columns(cols))
+            if dlow is not None:
+                dlow.addmm_(dz.t(), active.low_hidden_rows(part))
         if dweight is not None and dw is not None:
             dweight[cols] = dw
         if dbias is not None and db is not None:
             dbias[cols] = db
-    dhidden = None
-    if dhidden_rows is not None:
-        dhidden = torch.zeros_like(hidden)
-        dhidden[rows] = dhidden_rows.to(hidden.dtype)
-    return dhidden, dweight, dbias
+        if dlow_weight is not None and dlow is not None:
+            dlow_weight[cols] = dlow
+
+    def spread(x: Tensor | None, values: Tensor | None) -> Tensor | None:
+        if x is None or values is None:
+            return None
+        out = torch.zeros_like(x)
+        out[rows] = values.to(x.dtype)
+        return out
+
+    return Gradients(spread(hidden, dhidden_rows), dweight, dbias, spread(low_hidden, dlow_rows), dlow_weight)

@@ -12,13 +12,14 @@ class Design(NamedTuple):
     chunk_rows: int = 0  # rows of exponentials in a slot
     slots: int = 0  # chunks of exponentials that are kept at one time
     recomputed: bool = False  # "keep": whether a sequence may exceed the slots
+    why: str = ""  # "recompute"
 
     def explain(self) -> str:
         """In words, with GEMM FLOPs in units of H V (trained head; a frozen head saves the last 2 n2)."""
         if self.name == "score":
             return "scored only, no gradient is wanted: 2 n1"
         if self.name == "recompute":
-            return "tile by tile, the logits recomputed for the gradient (the workspace holds no chunk of rows): 2 n1 + 6 n2"
+            return f"tile by tile, the logits recomputed for the gradient ({self.why}): 2 n1 + 6 n2"
         kept = f"{self.slots} x {self.chunk_rows} rows of exponentials"
         if self.name == "forward":
             return f"gradient in the forward, {kept} at a time: 2 n1 + 4 n2"
@@ -37,6 +38,8 @@ def choose_design(
     ratio_level: str,
     workspace_bytes: int,
     target_rows: int,
+    row_multiple: int = 1,
+    exponent_range: bool = True,
 ) -> Design:
     """The design for `n_rows` rows with exponentials of `element_size` bytes.
 
@@ -45,14 +48,20 @@ def choose_design(
             when all rows of a sequence are scored.
         workspace_bytes: what exponentials may take at one time; 0 asks for the strict mode, in tiles.
         target_rows: rows per chunk above which GEMMs gain nothing.
+        row_multiple: rows of a kernel's block; chunks are made of whole blocks.
+        exponent_range: whether exponentials fit their dtype (float16's range is too small).
     """
     if not needs_gradient:
         return Design("score")
-    fit = workspace_bytes // max(vocab * element_size, 1)
-    if fit < min(MIN_ROWS, max(n_rows, 1)):
-        return Design("recompute")
+    if not exponent_range:
+        return Design("recompute", why="exponentials need the exponent range of bfloat16 or float32")
+    fit = workspace_bytes // max(vocab * element_size, 1) // row_multiple * row_multiple
+    in_blocks = -(-max(n_rows, 1) // row_multiple) * row_multiple
+    if fit < min(max(MIN_ROWS, row_multiple), in_blocks):
+        return Design("recompute", why="the workspace holds no chunk of rows")
     if ratio_level == "token":
-        return Design("forward", balanced(n_rows, min(fit, target_rows)), 1)
-    slots = max(1, -(-min(fit, n_rows) // target_rows))
-    chunk_rows = max(1, min(fit, n_rows) // slots)
+        chunk_rows = balanced(n_rows, min(fit, target_rows))
+        return Design("forward", -(-chunk_rows // row_multiple) * row_multiple, 1)
+    slots = max(1, -(-min(fit, in_blocks) // target_rows))
+    chunk_rows = max(1, min(fit, in_blocks) // slots // row_multiple) * row_multiple
     return Design("keep", chunk_rows, slots, longest_sequence > slots * chunk_rows)

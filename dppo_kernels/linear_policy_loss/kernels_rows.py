@@ -37,7 +37,6 @@ def policy_row_kernel(
     dlogprobs_in_ptr,  # [N] caller's order: given where the ratio is of a sequence
     logprobs_ptr,  # outputs [N] in the caller's order
     entropy_ptr,
-    gathered_ptr,  # [N, K] in the caller's order
     factor_ptr,  # this and the next five: [rows of a chunk]
     at_target_ptr,
     keep_ptr,
@@ -96,12 +95,7 @@ def policy_row_kernel(
         tl.store(logprobs_ptr + row, logp.to(tl.float32), mask=active)
         if ENTROPY:
             tl.store(entropy_ptr + row, entropy.to(tl.float32), mask=active)
-    if SURROGATE == "score":
-        for k in range(K):
-            gathered = nonpositive((tl.load(z_ptr + place * K1 + 1 + k, mask=active, other=0.0) - anchor) - log_total)
-            known = tl.load(topk_ids_ptr + row * K + k, mask=active, other=-1) >= 0
-            tl.store(gathered_ptr + row * K + k, tl.where(known, gathered, 0.0).to(tl.float32), mask=active)
-    else:
+    if SURROGATE != "score":
         if SURROGATE == "given":
             g = tl.load(dlogprobs_in_ptr + row, mask=active, other=0.0).to(tl.float64)
         else:

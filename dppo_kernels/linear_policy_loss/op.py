@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from dppo_kernels import _backend, _checks
+from dppo_kernels._lora import LoraWeight, split_head
 from dppo_kernels._numerics import autocast_dtype, split_temperature, stat_dtype
-from dppo_kernels._tiling import DEFAULT_WORKSPACE_BYTES, TARGET_ROWS
+from dppo_kernels._tiling import DEFAULT_WORKSPACE_BYTES, ROW_BLOCKS, TARGET_ROWS
 from dppo_kernels.aggregate import reduction_weights
 from dppo_kernels.linear_logprobs import linear_logprobs
-from dppo_kernels.linear_logprobs.op import check_linear_arguments, implementation
-from dppo_kernels.linear_logprobs.projection import Projection
+from dppo_kernels.linear_logprobs.op import check_linear_arguments, implementation, pair
+from dppo_kernels.linear_logprobs.projection import Needs, Projection
 from dppo_kernels.linear_policy_loss import torch_impl
 from dppo_kernels.linear_policy_loss.design import Design, choose_design
 from dppo_kernels.linear_policy_loss.rows import PolicyRows, stat_names
@@ -32,7 +33,7 @@ class PolicyAux(NamedTuple):
 
 def linear_policy_loss(
     hidden: Tensor,  # [B, T, H] or [N, H]
-    weight: Tensor,  # [V, H]
+    weight: Tensor | LoraWeight,  # [V, H]
     ids: Tensor,  # [B, T] or [N]
     anchor_logprobs: Tensor | None,  # [B, T] or [N]
     advantages: Tensor,  # [B], [B, T] or [N]
@@ -68,7 +69,8 @@ def linear_policy_loss(
 
     Args:
         hidden: [B, T, H] or [N, H] hidden states, already shifted: row t predicts ``ids[t]``.
-        weight: [V, H] lm_head, of hidden's dtype (under autocast: any; both are rounded to the autocast dtype).
+        weight: [V, H] lm_head, of hidden's dtype (under autocast: any; both are rounded to the autocast dtype), or a
+            `LoraWeight`, whose sum with its update is never made.
         ids: [B, T] or [N] int32/int64 sampled token ids; whatever stands behind the mask changes nothing.
         anchor_logprobs: shape of `ids`; what the ratio is against. None: the policy itself (on-policy, ratio 1).
         advantages: [B] (one per sequence), [B, T] or [N].
@@ -91,8 +93,9 @@ def linear_policy_loss(
         score_inactive: score every token that counts, so that statistics cover tokens without an advantage too (2 NHV more for
             those); loss and gradients are the same.
         return_aux: also return per-token log-probs and entropies.
-        workspace_bytes: bound of the chunk of exponentials that exists at one time (default 40 MiB on CPU, 512 MiB on CUDA);
-            0 works in tiles and recomputes the logits: 8 NHV. See `explain_linear_policy_loss`.
+        workspace_bytes: bound of the exponentials that exist at one time, beside a few numbers per row and vocabulary tile
+            (default 40 MiB on CPU, 512 MiB on CUDA); too little for a chunk of rows, or 0, works in tiles and recomputes the
+            logits: 8 NHV. See `explain_linear_policy_loss`.
         backend: as in `linear_logprobs`.
         check_values: check the range of ids on CUDA too (a host sync); on CPU they are always checked.
 
@@ -186,12 +189,11 @@ def linear_policy_loss(
         )
         entropy_weight = -spec.entropy_coef * mean
     row_temperature, scalar_temperature = split_temperature(temperature, mask.shape[0], dtype)
-    trained = (hidden, weight, bias)
-    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in trained]
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    inputs = (rows, *_head_inputs(weight, rows, mask, bias, compute_dtype))
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
     loss, logprobs, entropies, scored, packed, *_ = torch.ops.dppo_kernels.linear_policy_loss(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        bias,
+        *inputs,
         ids.reshape(-1).long(),
         mask,
         flat(advantages),
@@ -224,6 +226,13 @@ def linear_policy_loss(
 
 
 _IGNORED = -100
+
+
+def _head_inputs(
+    weight: Tensor | LoraWeight, hidden: Tensor, mask: Tensor, bias: Tensor | None, compute_dtype: torch.dtype
+) -> tuple[Tensor | None, ...]:
+    base, low_hidden, low_weight = split_head(weight, hidden, mask, compute_dtype)
+    return base, None if bias is None else bias.contiguous(), low_hidden, low_weight
 
 
 def explain_linear_policy_loss(
@@ -280,6 +289,8 @@ def _design(
         ratio_level=spec.ratio_level,
         workspace_bytes=DEFAULT_WORKSPACE_BYTES[kind] if workspace_bytes is None else workspace_bytes,
         target_rows=TARGET_ROWS[kind],
+        row_multiple=ROW_BLOCKS[kind] if backend == "triton" else 1,
+        exponent_range=backend != "triton" or dtype != torch.float16,
     )
 
 
@@ -318,6 +329,8 @@ def _op(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    low_hidden: Tensor | None,
+    low_weight: Tensor | None,
     ids: Tensor,
     mask: Tensor,
     advantages: Tensor,
@@ -343,20 +356,18 @@ def _op(
     needs: Sequence[bool],
     check_values: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     if hidden.device.type == "cpu" or check_values:
         known = torch.where(mask, ids, _IGNORED)
         known_topk = None if topk_ids is None else torch.where(mask[:, None], topk_ids, _IGNORED)
         known_temperature = None if row_temperature is None else torch.where(mask, row_temperature, 1.0)
-        _checks.check_values(
-            known, known_topk, known_temperature, weight.shape[0], _IGNORED, gather_name="rollout_topk_ids"
-        )
+        _checks.check_values(known, known_topk, known_temperature, weight.shape[0], _IGNORED, gather_name="rollout_topk_ids")
     spec = _decode(spec_names, spec_numbers)
     n, vocab = mask.shape[0], weight.shape[0]
     design = _design(spec, n, sequence_length, vocab, compute_dtype, hidden.device, any(needs), workspace_bytes, backend)
     row_or_scalar = temperature if row_temperature is None else row_temperature
     task = Task(
-        Projection(hidden, weight, bias, row_or_scalar, logit_scale, softcap, compute_dtype),
+        Projection(hidden, weight, bias, row_or_scalar, logit_scale, softcap, compute_dtype, pair(low_hidden, low_weight)),
         PolicyRows(
             ids,
             mask,
@@ -375,7 +386,7 @@ def _op(
         entropy_weight,
         with_entropy,
         score_inactive,
-        (needs[0], needs[1], needs[2]),
+        Needs(*needs),
     )
     with torch.autocast(hidden.device.type, enabled=False):
         result = _run(task, backend)
@@ -404,20 +415,29 @@ def _run(task: Task, backend: str) -> Result:
 
 
 @_op.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, mask: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    low_hidden: Tensor | None,
+    low_weight: Tensor | None,
+    ids: Tensor,
+    mask: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
     compute_dtype, names, numbers, _, _, with_entropy, _, needs, *_ = rest[-10:]
     ref_logprobs = rest[3]
     dtype, spec = stat_dtype(compute_dtype), _decode(names, numbers)
     rows = hidden.new_empty(mask.shape, dtype=dtype)
     stats = (*stat_names(spec, ref=ref_logprobs is not None, entropy=with_entropy), "unscored")
-    inputs = (hidden, weight, weight if bias is None else bias)
+    inputs = (hidden, weight, bias, low_hidden, low_weight)
     return (
         rows.new_empty(()),
         rows,
         rows.new_empty(mask.shape if with_entropy else 0),
         torch.empty_like(mask),
         rows.new_empty((len(stats), 3), dtype=torch.float64),
-        *(x.new_empty(x.shape if need else 0, dtype=dtype) for x, need in zip(inputs, needs, strict=True)),
+        *(rows.new_empty(x.shape if need and x is not None else 0) for x, need in zip(inputs, needs, strict=True)),
     )
 
 
@@ -425,8 +445,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _, *others = output
     ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)  # or zeros as large as the head arrive in the backward
-    gradients = others[-3:]
-    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
+    gradients = others[-5:]
+    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:5]]
     ctx.traced = any(type(x) is not Tensor for x in gradients)
     if ctx.traced:
         ctx.save_for_backward(*gradients)
@@ -445,7 +465,7 @@ def _backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     if gradients is None:
         raise RuntimeError("linear_policy_loss computed its gradient in the forward and has handed it over: backward runs once")
     given: list[Tensor | None] = []
-    for dtype, needed in zip(ctx.dtypes, ctx.needs_input_grad[:3], strict=True):
+    for dtype, needed in zip(ctx.dtypes, ctx.needs_input_grad[:5], strict=True):
         gradient = gradients.pop(0)
         given.append(gradient.mul_(dloss).to(dtype) if needed else None)
         del gradient

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dppo_kernels._row_stats import Upstream
 from dppo_kernels.linear_logprobs.exponentials import Scores
-from dppo_kernels.linear_logprobs.projection import Projection
+from dppo_kernels.linear_logprobs.projection import Gradients, Needs, Projection
 from dppo_kernels.linear_policy_loss.design import Design
 from dppo_kernels.linear_policy_loss.rows import PolicyRows, RowLoss, row_loss, stat_names
 from dppo_kernels.policy import Stat, partial_sums
@@ -30,7 +30,7 @@ class Task:
     entropy_weight: Tensor | None  # dL/dH of every scored row, if there is an entropy bonus
     with_entropy: bool
     score_inactive: bool
-    needs: tuple[bool, bool, bool]  # hidden, weight, bias
+    needs: Needs
 
     def to_score(self) -> Tensor:
         return self.rows.to_score(self.spec, self.sequence_length, score_inactive=self.score_inactive)
@@ -43,22 +43,25 @@ class Result:
     loss: Tensor  # scalar float64
     logprobs: Tensor  # [N]
     entropy: Tensor | None  # [N]
-    gradients: tuple[Tensor | None, ...]  # as `Task.needs`
+    gradients: Gradients
     stats: dict[str, Stat]
 
     @classmethod
-    def empty(cls, task: Task) -> "Result":
+    def empty(cls, task: Task, *, with_gradients: bool = True) -> "Result":
         x = task.projection
-        inputs = (x.hidden, x.weight, x.bias)
         zeros = x.hidden.new_zeros(x.hidden.shape[0], dtype=x.dtype)
         nothing = partial_sums(zeros[:0], task.rows.mask[:0])
         return cls(
             zeros.new_zeros((), dtype=torch.float64),
             zeros,
             zeros.clone() if task.with_entropy else None,
-            tuple(
-                torch.zeros_like(i, dtype=x.dtype, memory_format=torch.contiguous_format) if need and i is not None else None
-                for i, need in zip(inputs, task.needs, strict=True)
+            Gradients(
+                *(
+                    torch.zeros_like(i, dtype=x.dtype, memory_format=torch.contiguous_format)
+                    if with_gradients and need and i is not None
+                    else None
+                    for i, need in zip(x.inputs(), task.needs, strict=True)
+                )
             ),
             dict.fromkeys(stat_names(task.spec, ref=task.rows.ref_logprobs is not None, entropy=task.with_entropy), nothing),
         )
@@ -74,7 +77,7 @@ class Result:
 
 def two_pass_fwd(task: Task, score: Callable[..., dict[str, Tensor]], backward: Callable[..., Any]) -> Result:
     """Designs "score" and "recompute" on an implementation of `linear_logprobs`: score all rows, recompute for the gradient."""
-    result = Result.empty(task)
+    result = Result.empty(task, with_gradients=False)
     x, to_score = task.projection, task.to_score()
     ids = torch.where(to_score, task.rows.ids, _UNSCORED)
     outputs = frozenset(("logprobs", "entropy") if task.with_entropy else ("logprobs",))
@@ -89,7 +92,16 @@ def two_pass_fwd(task: Task, score: Callable[..., dict[str, Tensor]], backward: 
         saved = {"row_max": values["row_max"], "log_sum": values["log_sum"]}
         if dentropy is not None:
             saved["entropy"] = values["entropy"]
-        upstream = Upstream(loss.dlogprobs, None, dentropy, None)
+        dlogprobs, unit = loss.dlogprobs, None
+        if x.compute_dtype == torch.float16:
+            # No loss scale has arrived yet: gradients near 1 / N would be rounded to float16's subnormals.
+            largest = (
+                dlogprobs.abs().amax() if dentropy is None else torch.maximum(dlogprobs.abs().amax(), dentropy.abs().amax())
+            )
+            unit = torch.exp2(largest.clamp(min=2.0**-60).log2().ceil() + 4)
+            dlogprobs, dentropy = dlogprobs / unit, None if dentropy is None else dentropy / unit
+        upstream = Upstream(dlogprobs, None, dentropy, None)
         gradients = backward(x, ids, None, upstream, saved, ignore_index=_UNSCORED, needs=task.needs)
-        result.gradients = tuple(None if g is None else g.to(x.dtype) for g in gradients)
+        in_full = (None if g is None else g.to(x.dtype) for g in gradients)
+        result.gradients = Gradients(*(g if g is None or unit is None else g.mul_(unit) for g in in_full))
     return result

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dppo_kernels._tiling import chunks
 from dppo_kernels.linear_logprobs.exponentials import Exponentials, Scores, exponentials, gradient_operand, weight_tiles
-from dppo_kernels.linear_logprobs.projection import Projection
+from dppo_kernels.linear_logprobs.projection import Gradients, Projection
 from dppo_kernels.linear_policy_loss.rows import RowLoss, row_loss
 from dppo_kernels.linear_policy_loss.task import Result, Task
 
@@ -125,11 +125,14 @@ def _add_gradient(
     _accumulate(x, rows, operand, factor[:, None], result.gradients)
 
 
-def _accumulate(x: Projection, rows: Tensor, operand: Tensor, factor: Tensor, gradients: tuple[Tensor | None, ...]) -> None:
+def _accumulate(x: Projection, rows: Tensor, operand: Tensor, factor: Tensor, gradients: Gradients) -> None:
     """The gradient GEMMs of ``factor * operand`` [n, V]: 2 n HV for each trained input."""
-    dhidden, dweight, dbias = gradients
-    scaled = x.hidden_rows(slice(0, rows.shape[0])) * factor
+    dhidden, dweight, dbias, dlow_hidden, dlow_weight = gradients
+    every = slice(0, rows.shape[0])
+    scaled = x.hidden_rows(every) * factor
+    scaled_low = scaled if x.low_rank is None else x.low_hidden_rows(every) * factor
     dh = torch.zeros_like(scaled) if dhidden is not None else None
+    dlow = torch.zeros_like(scaled_low) if dlow_hidden is not None else None
     for cols, w in weight_tiles(x):
         tile = operand[:, cols]
         if dh is not None:
@@ -138,5 +141,10 @@ def _accumulate(x: Projection, rows: Tensor, operand: Tensor, factor: Tensor, gr
             dweight[cols].addmm_(tile.t(), scaled)
         if dbias is not None:
             dbias[cols].addmv_(tile.t(), factor.squeeze(1))
-    if dhidden is not None and dh is not None:
-        dhidden[rows] = dh.mul_(factor)
+        if dlow is not None:
+            dlow.addmm_(tile, x.low_weight_columns(cols))
+        if dlow_weight is not None:
+            dlow_weight[cols].addmm_(tile.t(), scaled_low)
+    for out, sums in ((dhidden, dh), (dlow_hidden, dlow)):
+        if out is not None and sums is not None:
+            out[rows] = sums.mul_(factor)

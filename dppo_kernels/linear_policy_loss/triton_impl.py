@@ -13,10 +13,10 @@ import triton
 from torch import Tensor
 
 from dppo_kernels._tiling import GradPlan, chunks
-from dppo_kernels._triton import INTERPRET, launch_on, operand
+from dppo_kernels._triton import INTERPRET, launch_on
 from dppo_kernels.linear_logprobs.exponentials import Scores
 from dppo_kernels.linear_logprobs.kernels import CompactRows, compact_rows, gather_logits
-from dppo_kernels.linear_logprobs.kernels_bwd import accumulate_gemm_kernel, column_sums_kernel
+from dppo_kernels.linear_logprobs.kernels_bwd import column_sums_kernel
 from dppo_kernels.linear_logprobs.kernels_exp import ROW_BLOCK, ChunkLauncher, Sums, scatter_rows_kernel
 from dppo_kernels.linear_policy_loss.kernels import entropy_gradient_kernel, move_rows_kernel, scale_rows_kernel
 from dppo_kernels.linear_policy_loss.kernels_rows import policy_row_kernel
@@ -105,19 +105,13 @@ class _Launcher(ChunkLauncher):
         task, result = self.task, self.result
         group = self.group(part)
         parts = chunks(part.stop - part.start, self.chunk_rows)
-        topk = task.rows.topk_ids
-        gathered = None if topk is None else self.new(topk.shape).zero_()
         kept: dict[int, tuple[int, Sums]] = {}  # slot -> (chunk, its sums)
         for i, rows in enumerate(parts):
             slot = min(i, len(self.slots) - 1)
             kept[slot] = i, self.project(group, rows, self.slots[slot])
-            self.row_stage(group, rows, kept[slot][1], "score", gathered=gathered)
+            self.row_stage(group, rows, kept[slot][1], "score")
         rows_of = self.rows.take(part)._replace(mask=self.scored[part])
-        scores = Scores(
-            result.logprobs[part],
-            None if result.entropy is None else result.entropy[part],
-            None if gathered is None else gathered[part],
-        )
+        scores = Scores(result.logprobs[part], None if result.entropy is None else result.entropy[part], None)
         loss = row_loss(rows_of, scores, task.spec, task.entropy_weight, task.sequence_length)
         result.loss += loss.loss
         for name, stat in loss.stats.items():
@@ -155,7 +149,6 @@ class _Launcher(ChunkLauncher):
         first_program: int = 0,
         losses: Tensor | None = None,
         stats: Tensor | None = None,
-        gathered: Tensor | None = None,
         dlogprobs: Tensor | None = None,
     ) -> Prepared:
         """Scores (``"score"``), or coefficients: of a token-level surrogate, or ``"given"`` by `dlogprobs`."""
@@ -186,7 +179,6 @@ class _Launcher(ChunkLauncher):
             or_nothing(dlogprobs),
             self.result.logprobs,
             or_nothing(self.result.entropy),
-            or_nothing(gathered),
             *prepared,
             or_nothing(losses),
             or_nothing(stats),
@@ -222,8 +214,8 @@ class _Launcher(ChunkLauncher):
 
     def gradients(self, group: Group, part: slice, e: Tensor, sums: Sums, prepared: Prepared) -> None:
         """The gradient GEMMs of a chunk, over the rows whose coefficient is not 0."""
-        x, plan, rows = self.task.projection, self.plan, group.rows
-        dhidden, dweight, dbias = self.result.gradients
+        x, rows = self.task.projection, group.rows
+        dhidden, dweight, dbias, dlow_hidden, dlow_weight = self.result.gradients
         size = self.chunk_rows
         if self.task.entropy_weight is not None:
             entropy_gradient_kernel[(triton.cdiv(size, ROW_BLOCK), triton.cdiv(self.cols, 128))](
@@ -244,46 +236,41 @@ class _Launcher(ChunkLauncher):
             )
         source, count = fill_holes(prepared.keep)
         move_rows_kernel[(size, triton.cdiv(self.cols, COPY_BLOCK))](e, source, count, COLS=self.cols, BLOCK_V=COPY_BLOCK)
-        scaled, factor = self.new((size, self.width), self.stored), self.new(size)
-        block_h = min(COPY_BLOCK, triton.next_power_of_2(self.width))
-        by_row = (size, triton.cdiv(self.width, block_h))
-        scale_rows_kernel[by_row](
-            rows.hidden,
-            e,
-            group.ids,
-            prepared.factor,
-            prepared.at_target,
-            source,
-            count,
-            scaled,
-            factor,
-            part.start,
-            self.width,
-            COLS=self.cols,
-            UPCAST=INTERPRET,
-            BLOCK_H=block_h,
-        )
-        if dhidden is not None:
-            dh = self.product_with_head(e, count)
-            scatter_rows_kernel[by_row](dh, factor, source, rows.order, count, dhidden, part.start, self.width, BLOCK_H=block_h)
-        if dweight is not None:
-            accumulate_gemm_kernel[(triton.cdiv(self.vocab, plan.gemm_m), triton.cdiv(self.width, plan.gemm_h))](
-                operand(e, (plan.gemm_k, plan.gemm_m), self.described),
-                operand(scaled, (plan.gemm_k, plan.gemm_h), self.described),
-                dweight,
-                dweight,
-                *(count, 0, 0, size, size, self.vocab, self.width),
-                *scaled.stride(),
-                0,
-                0,
-                TRANSPOSED=True,
-                FIRST=False,
-                LAST=False,
+        low_hidden, low_weight = rows.low_rank or (None, None)
+        factor = self.new(size)
+        for hidden, weight, drows, dcolumns in (
+            (rows.hidden, self.weight, dhidden, dweight),
+            (low_hidden, low_weight, dlow_hidden, dlow_weight),
+        ):
+            if hidden is None or weight is None:
+                continue
+            width = hidden.shape[1]
+            scaled = self.new((size, width), self.stored)
+            block_h = min(COPY_BLOCK, triton.next_power_of_2(width))
+            by_row = (size, triton.cdiv(width, block_h))
+            scale_rows_kernel[by_row](
+                hidden,
+                e,
+                group.ids,
+                prepared.factor,
+                prepared.at_target,
+                source,
+                count,
+                scaled,
+                factor,
+                part.start,
+                width,
                 COLS=self.cols,
-                **self.gemm_blocks,
-                **self.tile,
-                **self.launch,
+                UPCAST=INTERPRET,
+                BLOCK_H=block_h,
             )
+            if drows is not None:
+                product = self.rows_gradient(e, weight, count)
+                scatter_rows_kernel[by_row](
+                    product, factor, source, rows.order, count, drows, part.start, width, BLOCK_H=block_h
+                )
+            if dcolumns is not None:
+                self.add_weight_gradient(e, scaled, dcolumns, count)
         if dbias is not None:
             column_sums_kernel[(triton.cdiv(self.vocab, 64),)](
                 e, factor, dbias, count, 0, 0, size, self.vocab, WEIGHTED=True, COLS=self.cols, BLOCK_N=32, BLOCK_V=64

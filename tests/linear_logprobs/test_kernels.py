@@ -96,7 +96,7 @@ def backward(projection: Projection, ids: Tensor, gather_ids: Tensor, saved: dic
     grads = [torch.randn(x.shape, generator=g).to(ids.device) for x in (ids, ids, ids, gather_ids)]
     for grad in grads:
         grad[::3] = 0
-    dhidden, dweight, _ = kernels_bwd.linear_logprobs_bwd(
+    dhidden, dweight, *_ = kernels_bwd.linear_logprobs_bwd(
         projection, ids, gather_ids, Upstream(*grads), saved, ignore_index=IGNORE, needs=(True, True, False), **changes
     )
     assert dhidden is not None
@@ -154,7 +154,7 @@ def test_poisoned_buffers_and_dead_rows_leave_no_trace(device: str, needs: tuple
         torch.use_deterministic_algorithms(False)
     for name, value in clean.items():
         assert torch.equal(poisoned[name], value), name
-    assert [grad is not None for grad in grads] == list(needs)
+    assert [grad is not None for grad in grads[:3]] == list(needs)
     for grad, expected in zip(grads, clean_grads, strict=True):
         assert grad is None or torch.equal(grad, expected)
 

@@ -168,7 +168,7 @@ def test_only_rows_with_upstream_gradient_enter_the_backward() -> None:
         ignore_index=IGNORE,
         outputs=frozenset(["logprobs"]),
     )
-    _, poisoned_dweight, _ = torch_impl.linear_logprobs_bwd(
+    poisoned_dweight = torch_impl.linear_logprobs_bwd(
         projection,
         ids,
         None,
@@ -176,7 +176,7 @@ def test_only_rows_with_upstream_gradient_enter_the_backward() -> None:
         saved,
         ignore_index=IGNORE,
         needs=(True, True, False),
-    )
+    ).weight
     torch.testing.assert_close(poisoned_dweight, dweight)
 
 
@@ -333,7 +333,8 @@ def test_opcheck(outputs: str, frozen: bool, design: str) -> None:
     hidden, weight = torch.randn(5, 8, requires_grad=not frozen), torch.randn(30, 8, requires_grad=True)
     ids, gather_ids = torch.randint(0, 30, (5,)), torch.randint(-1, 30, (5, 3))
     bias, per_row = torch.randn(30, requires_grad=True), torch.rand(5) + 0.5
-    for extra in ((bias, ids, gather_ids, None), (None, ids, None, per_row)):
+    low_rank = (torch.randn(5, 2, requires_grad=True), torch.randn(30, 2, requires_grad=True))
+    for extra in ((bias, *low_rank, ids, gather_ids, None), (None, None, None, ids, None, per_row)):
         args = (hidden, weight, *extra, 0.7, 1.0, 4.0, IGNORE, torch.float32, outputs, design, 3, False, "torch")
         result = torch.library.opcheck(op._forward_op, args)
         assert set(result.values()) == {"SUCCESS"}

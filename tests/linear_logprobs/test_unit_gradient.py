@@ -13,7 +13,7 @@ from dppo_kernels._row_stats import Upstream
 from dppo_kernels._tiling import MIN_ROWS
 from dppo_kernels.linear_logprobs import op, torch_impl, unit_gradient
 from dppo_kernels.linear_logprobs.design import Design, choose_design
-from dppo_kernels.linear_logprobs.projection import Projection
+from dppo_kernels.linear_logprobs.projection import Needs, Projection
 from tests.census import GemmFlops, counted_kernels, linear_inputs
 from tests.numerics import assert_as_exact_as_torch, bit_equal
 from tests.strategies import IGNORE, ScoringCase, scoring_cases
@@ -294,12 +294,13 @@ ROW = 1000 * 4
 
 def choose(**changes) -> Design:
     arguments = {
-        "needs": (True, False, False),
+        "needs": Needs(True, False, False),
         "outputs": ("logprobs", "entropy"),
         "vocab": 1000,
         "element_size": 4,
         "exponent_range": True,
         "keeps": True,
+        "lora": False,
         "workspace_bytes": None,
         "default_bytes": 1 << 20,
         "target_rows": 256,
@@ -307,7 +308,7 @@ def choose(**changes) -> Design:
     return choose_design(**(arguments | changes))
 
 
-TRAINED = {"needs": (True, True, False)}
+TRAINED = {"needs": Needs(True, True, False)}
 
 
 @pytest.mark.parametrize(
@@ -324,10 +325,16 @@ TRAINED = {"needs": (True, True, False)}
         pytest.param({"outputs": ("entropy",)}, ("recompute", 0), "only the entropy", id="only the entropy"),
         pytest.param({"outputs": ("logprobs", "is_top1")}, ("recompute", 0), "is_top1 need the logits", id="other statistics"),
         pytest.param({"outputs": ("is_top1",)}, ("score", 0), "no output has a gradient", id="nothing differentiable"),
-        pytest.param({"needs": (False, False, False)}, ("score", 0), "no gradient is wanted", id="no gradient"),
+        pytest.param({"needs": Needs(False, False, False)}, ("score", 0), "no gradient is wanted", id="no gradient"),
         pytest.param(TRAINED, ("recompute", 0), "head is trained", id="trained head"),
-        pytest.param({"needs": (False, True, False)}, ("recompute", 0), "head is trained", id="frozen hidden"),
-        pytest.param({"needs": (True, False, True)}, ("recompute", 0), "head is trained", id="trained bias"),
+        pytest.param({"needs": Needs(False, True, False)}, ("recompute", 0), "head is trained", id="frozen hidden"),
+        pytest.param({"needs": Needs(True, False, True)}, ("recompute", 0), "head is trained", id="trained bias"),
+        pytest.param(
+            {"needs": Needs(True, False, False, True, True), "lora": True}, ("recompute", 0), "head is trained", id="LoRA"
+        ),
+        pytest.param(
+            {"needs": Needs(True, False, False, True), "lora": True}, ("recompute", 0), "head has a LoRA", id="frozen LoRA"
+        ),
         pytest.param({**TRAINED, "workspace_bytes": 50 * ROW}, ("keep", 50), "logits of up to 50 rows", id="kept logits"),
         pytest.param({**TRAINED, "workspace_bytes": ROW - 1}, ("recompute", 0), "holds no row", id="no room"),
         pytest.param(
@@ -378,7 +385,7 @@ def test_the_call_gets_the_design_of_its_regime(needs, context, expected: str, m
 def test_opcheck() -> None:
     hidden, weight, ids, gather_ids = linear_inputs(5, 30, 8, 3)
     for outputs, gathered, cap in (("logprobs,lse", gather_ids, 4.0), ("logprobs,entropy", None, None)):
-        args = (hidden.requires_grad_(), weight, None, ids, gathered, None, 0.7, 1.0, cap, IGNORE, torch.float32)
+        args = (hidden.requires_grad_(), weight, None, None, None, ids, gathered, None, 0.7, 1.0, cap, IGNORE, torch.float32)
         result = torch.library.opcheck(op._forward_op, (*args, outputs, "unit", 16, False, "torch"))
         assert set(result.values()) == {"SUCCESS"}
 

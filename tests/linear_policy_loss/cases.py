@@ -47,7 +47,8 @@ class PolicyCase:
         g, width = self.generator(), self.hidden_size * (2 if self.layout == "strided" else 1)
         hidden = torch.randn(self.b, self.t, width, generator=g).to(self.dtype)[..., :: width // self.hidden_size]
         weight = (torch.randn(self.hidden_size, self.vocab, generator=g) * self.scale / self.hidden_size**0.5).to(self.dtype)
-        bias = torch.randn(self.vocab, generator=g).to(self.dtype) if self.bias else None
+        bias = torch.randn(self.vocab, 2, generator=g).to(self.dtype)[:, 0] if self.bias else None
+        bias = bias if bias is None or self.layout == "strided" else bias.contiguous()
         return [hidden, weight.t() if self.layout == "strided" else weight.t().contiguous(), bias]
 
     def arguments(self) -> dict[str, Any]:

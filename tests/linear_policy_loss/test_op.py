@@ -153,6 +153,79 @@ def test_an_improbable_token_is_scaled_by_the_largest_logit() -> None:
     assert results[0][1].abs().max() > 1
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_exponentials_that_underflow_under_a_soft_cap_have_no_gradient(backend: str) -> None:
+    """Logits between -120 and 120: where e is 0, the tanh it was made of cannot be read back from it."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    case = PolicyCase("dapo", scale=300.0, softcap=30.0, temperature="cold", changes=VARIANTS[3], masked="none")
+    loss, grads, _ = run(case, torch.float32, backend)
+    exact, exact_grads, _ = run(case, torch.float64, "reference")
+    torch.testing.assert_close(loss["loss"].double(), exact["loss"], rtol=1e-4, atol=1e-4)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad.double(), exact_grads[name], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_entropy_keeps_its_digits_where_the_policy_is_sure(backend: str) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = 10 * torch.randn(32, 64, generator=g), torch.randn(200, 64, generator=g)
+    logits = hidden.double() @ weight.double().t()
+    logp = torch.log_softmax(logits, -1)
+    _, _, aux = linear_policy_loss(
+        hidden,
+        weight,
+        logits.argmax(-1),
+        None,
+        torch.ones(32),
+        torch.ones(32, dtype=torch.bool),
+        spec=PRESETS["ppo"],
+        with_entropy=True,
+        return_aux=True,
+        backend=backend,
+    )
+    entropy = -(logp.exp() * logp).sum(-1)
+    assert (aux.entropy - entropy).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+def test_a_negative_id_is_padding_without_a_validity_mask(backend: str) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    case = PolicyCase("dppo_topk_tv", masked="none")
+    arguments = case.arguments()
+    ids = arguments["rollout_topk_ids"]
+    ids[:, :, -1] = -1
+    hidden, weight, _ = case.leaves()
+    stats = []
+    for valid in (None, ids >= 0):
+        arguments["topk_valid"] = valid
+        stats.append(linear_policy_loss(hidden, weight, **arguments, backend=backend)[1]["divergence"])
+    assert torch.equal(stats[0].sum, stats[1].sum)
+
+
+@pytest.mark.parametrize("preset", ["gspo", "dapo"])
+@pytest.mark.parametrize("shape", [(2, 0), (0, 4)])
+def test_sequences_without_tokens(preset: str, shape: tuple[int, int]) -> None:
+    hidden, weight = torch.randn(*shape, 5, requires_grad=True), torch.randn(7, 5, requires_grad=True)
+    nothing = torch.zeros(shape)
+    loss, _ = linear_policy_loss(
+        hidden, weight, nothing.long(), nothing, torch.zeros(shape[0]), nothing.bool(), spec=PRESETS[preset]
+    )
+    loss.backward()
+    assert loss == 0
+    assert not weight.grad.any()
+
+
+def test_normalisers_may_be_tensors_of_one_number() -> None:
+    case = PolicyCase("dapo", changes=VARIANTS[3])
+    losses = []
+    for number in (10.0, torch.tensor(10.0), torch.tensor([10.0])):
+        values, _, _ = run(case, torch.float32, "torch", denominator=number, entropy_denominator=number)
+        losses.append(values["loss"])
+    assert torch.equal(losses[0], losses[1])
+    assert torch.equal(losses[0], losses[2])
+
+
 @pytest.mark.parametrize("trained", [("hidden",), ("weight",), ("bias",), ("hidden", "bias"), ()])
 @pytest.mark.parametrize("workspace", WORKSPACES)
 def test_frozen_inputs(trained: tuple[str, ...], workspace: int) -> None:
@@ -262,6 +335,12 @@ BASE = PolicyCase("dppo_topk_tv", b=2, t=3)
         ({"workspace_bytes": -1}, ValueError, "`workspace_bytes` must be an int >= 0"),
         ({"temperature": 0.0}, ValueError, "`temperature` must be positive"),
         ({"denominator": 0.0}, ValueError, "`denominator` must be positive"),
+        ({"denominator": torch.ones(2)}, ValueError, "`denominator` must be one number"),
+        (
+            {"spec": PRESETS["dppo_topk_tv"].replace(entropy_coef=0.1), "entropy_denominator": 0.0},
+            ValueError,
+            "`entropy_denominator` must be positive",
+        ),
         ({"backend": "cuda"}, ValueError, "cannot serve linear_policy_loss"),
     ],
 )
@@ -279,7 +358,7 @@ def test_bad_values_on_cpu() -> None:
         linear_policy_loss(hidden, weight, **arguments)
     arguments["ids"] = torch.zeros(2, 3, dtype=torch.long)
     arguments["rollout_topk_ids"] = torch.full((2, 3, 4), 99)
-    with pytest.raises(ValueError, match="`gather_ids` must be below 53"):
+    with pytest.raises(ValueError, match="`rollout_topk_ids` must be below 53"):
         linear_policy_loss(hidden, weight, **arguments)
 
 

@@ -1,6 +1,7 @@
 """TRL's own trainers train the same with and without `accelerate_trl`, and with it none of TRL's scoring runs."""
 
 import contextlib
+import dataclasses
 import functools
 import importlib.metadata
 import sys
@@ -177,6 +178,37 @@ def test_trls_trainers_train_the_same(case: str, build, calls: Calls) -> None:
         torch.testing.assert_close(after[name], expected, rtol=0, atol=1e-3 * step + 1e-7, msg=name)
         largest = max(largest, step)
     assert largest > 5e-4
+
+
+def test_each_trainer_scores_at_its_own_temperature(build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two trainers on one model: neither leaves a forward behind, nor takes the other's settings."""
+    seen = []
+    real = scoring.linear_policy_loss
+    monkeypatch.setattr(
+        scoring,
+        "linear_policy_loss",
+        lambda *a, temperature, **k: seen.append(temperature) or real(*a, temperature=temperature, **k),
+    )
+    first = build("grpo")
+    forward = first.model.forward
+    with accelerate_trl():
+        first.train()
+        assert first.model.forward == forward
+        second = type(first)(
+            first.model,
+            reward_length,
+            dataclasses.replace(first.args, temperature=0.5, max_steps=2, generation_batch_size=None),
+            train_dataset=TEXTS,
+            processing_class=first.processing_class,
+        )
+        second.train()
+    assert seen == [0.8] * 3 + [0.5] * 2
+
+
+def test_a_trainer_that_scores_in_its_own_way_is_left_alone(build) -> None:
+    trainer = build("grpo")
+    trainer.__class__ = type("Own", (type(trainer),), {"_get_per_token_logps_and_entropies": lambda self, *a, **k: None})
+    assert fused_loss_obstacle(trainer) == "Own overrides _get_per_token_logps_and_entropies"
 
 
 @pytest.mark.parametrize("kind", ["grpo grpo", "grpo dr_grpo", "grpo cispo", "grpo"])
