@@ -22,6 +22,11 @@ ROW_BLOCKS = {"cpu": 16, "cuda": 128}  # rows of the largest block of the kernel
 MIN_ROWS = 16
 
 
+def kind_of(device: torch.device) -> str:
+    """Key of the figures above."""
+    return "cuda" if device.type == "cuda" else "cpu"
+
+
 class Tile(NamedTuple):
     """Rows x vocabulary columns of logits that exist at one time."""
 

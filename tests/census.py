@@ -29,6 +29,22 @@ class GemmFlops(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class LargestTensor(TorchDispatchMode):
+    """Bytes of the largest storage that anything inside returns, those of `known` tensors left out."""
+
+    def __init__(self, *known: Tensor) -> None:
+        super().__init__()
+        self.nbytes = 0
+        self._known = {x.untyped_storage().data_ptr() for x in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in self._known:
+                self.nbytes = max(self.nbytes, x.untyped_storage().nbytes())
+        return out
+
+
 class KernelWork:
     """Elements that kernels loaded from and stored to named tensors, and how often each kernel was launched."""
 

@@ -7,13 +7,12 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dppo_kernels import PRESETS, LoraWeight, explain_linear_logprobs, linear_logprobs, linear_policy_loss
 from dppo_kernels._row_stats import Upstream
 from dppo_kernels.linear_logprobs import torch_impl
 from dppo_kernels.linear_logprobs.projection import Projection
-from tests.census import GemmFlops, counted_kernels, linear_inputs
+from tests.census import GemmFlops, LargestTensor, counted_kernels, linear_inputs
 from tests.linear_policy_loss.cases import PolicyCase
 from tests.numerics import assert_as_exact_as_torch
 from tests.strategies import IGNORE, ScoringCase, scoring_cases
@@ -238,17 +237,6 @@ def test_elements_moved_by_the_kernels() -> None:
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=INTERPRETED)])
 @pytest.mark.parametrize("fused", [False, True])
 def test_nothing_of_the_size_of_the_head_is_made(backend: str, fused: bool) -> None:
-    largest = 0
-
-    class Census(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for x in out if isinstance(out, tuple | list) else (out,):
-                if isinstance(x, Tensor) and x.untyped_storage().data_ptr() != base.untyped_storage().data_ptr():
-                    largest = max(largest, x.untyped_storage().nbytes())
-            return out
-
     from dppo_kernels.linear_logprobs import op
     from dppo_kernels.linear_policy_loss import op as policy
 
@@ -256,13 +244,13 @@ def test_nothing_of_the_size_of_the_head_is_made(backend: str, fused: bool) -> N
     a, b = factors(V, H, RANK, 1.0, torch.float32)
     leaves = [x.requires_grad_() for x in (hidden, a, b)]
     weight = LoraWeight(base, *leaves[1:], SCALE)
-    seen = 0
+    largest, seen = LargestTensor(base), 0
 
     def counted(function):
         def call(*args, **kwargs):  # inside the op: a dispatch mode sees nothing through it
             nonlocal seen
             seen += 1
-            with Census():
+            with largest:
                 return function(*args, **kwargs)
 
         return call
@@ -278,7 +266,7 @@ def test_nothing_of_the_size_of_the_head_is_made(backend: str, fused: bool) -> N
             loss = linear_logprobs(leaves[0], weight, ids, backend=backend).logprobs.sum()
         torch.autograd.grad(loss, leaves)
     assert seen == (1 if fused else 2)
-    assert largest < base.nbytes / 2
+    assert largest.nbytes < base.nbytes / 2
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=INTERPRETED)])

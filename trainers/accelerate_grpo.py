@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dppo_kernels import PRESETS, PolicyLossSpec
 from dppo_kernels.trainers._trl_seam import GRPOTrainer, check_attributes
+from dppo_kernels.trainers.normaliser import accumulation_steps, tokens_per_window
 from dppo_kernels.trainers.scoring import scoring_installed
 
 LossMethod = Callable[[Any, Any, dict[str, Any]], Tensor]
@@ -85,13 +86,9 @@ def _fused_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
     if "tool_mask" in inputs:
         mask = mask & inputs["tool_mask"].bool()
     spec, active = _spec(self), mask.sum().clamp(min=1)
-    accumulation = self.current_gradient_accumulation_steps if mode == "train" else 1
+    accumulation = accumulation_steps(self)
     if self.loss_type in ("dapo", "cispo"):
-        # `num_items_in_batch` spans the generation batch: rescaled to one accumulation window.
-        normaliser = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-        if mode == "train":
-            normaliser = normaliser * accumulation / self.args.steps_per_generation
-        policy_scale = 1
+        normaliser, policy_scale = tokens_per_window(self, inputs), 1
     else:
         per_call = {
             "sequence_mean": mask.shape[0],

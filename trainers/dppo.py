@@ -12,6 +12,7 @@ from dppo_kernels import DIVERGENCES, PRESETS, PolicyLossSpec, Stat, _checks, po
 from dppo_kernels.trainers._trl_seam import GRPOConfig, GRPOTrainer, check_attributes
 from dppo_kernels.trainers.dropout import check_deterministic, disable_dropout
 from dppo_kernels.trainers.metrics import StatLoggingMixin
+from dppo_kernels.trainers.normaliser import accumulation_steps, tokens_per_window
 from dppo_kernels.trainers.resume import ExactResumeMixin
 from dppo_kernels.trainers.rollout import RolloutCaptureMixin, check_sampling
 from dppo_kernels.trainers.scoring import IGNORE_INDEX, install_scoring
@@ -228,11 +229,7 @@ class DPPOTrainer(StatLoggingMixin, ExactResumeMixin, RolloutCaptureMixin, GRPOT
             scored_gather_ids=inputs.get("rollout_topk_ids"),
             **({"output_router_logits": True} if self.aux_loss_enabled else {}),
         )
-        # GRPO 1.16: active tokens of the generation batch, rescaled to one accumulation window of one process.
-        denominator = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-        accumulation = self.current_gradient_accumulation_steps if self.model.training else 1
-        if self.model.training:
-            denominator = denominator * accumulation / self.args.steps_per_generation
+        accumulation = accumulation_steps(self)
         arguments = {
             "anchor_logprobs": inputs["sampling_per_token_logps"],
             "advantages": inputs["advantages"],
@@ -241,7 +238,7 @@ class DPPOTrainer(StatLoggingMixin, ExactResumeMixin, RolloutCaptureMixin, GRPOT
             "ref_logprobs": inputs.get("ref_per_token_logps"),
             "rollout_topk_logprobs": inputs.get("rollout_topk_logprobs"),
             "topk_valid": inputs.get("rollout_topk_valid"),
-            "denominator": denominator,
+            "denominator": tokens_per_window(self, inputs),
             "entropy_denominator": mask.sum().clamp(min=1) * accumulation,
         }
         if self.args.fused_loss is not False and self.top_entropy_quantile == 1.0:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from dppo_kernels import LoraWeight, Stat, linear_logprobs, linear_policy_loss
+from dppo_kernels import Stat, linear_logprobs, linear_policy_loss
 from dppo_kernels.trainers._trl_seam import load_balancing_loss_func
 
 IGNORE_INDEX = -100
@@ -83,20 +83,23 @@ def install_scoring(
         if derive_positions and "position_ids" not in kwargs:  # models with absolute positions are wrong without it
             kwargs["position_ids"] = (kwargs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         backbone = self.base_model(*args, **kwargs, use_cache=False)
-        weight, bias = head_of(self)
-        hidden = backbone.last_hidden_state[:, -scored_ids.shape[1] - 1 : -1].to(
-            (weight.base if isinstance(weight, LoraWeight) else weight).device
-        )
+        head = self.get_output_embeddings()
+        hidden = backbone.last_hidden_state[:, -scored_ids.shape[1] - 1 : -1].to(head.weight.device)
         precision: Any = nullcontext()
         if cast_lm_head_to_fp32:
             hidden, precision = hidden.float(), torch.autocast(hidden.device.type, enabled=False)
-        transform: dict[str, Any] = {"bias": bias, "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
+        transform: dict[str, Any] = {
+            "bias": head.bias,
+            "temperature": temperature,
+            "logit_scale": logit_scale,
+            "softcap": softcap,
+        }
         output = ScoredOutput()
         with precision:
             if policy_loss is None:
                 scores = linear_logprobs(
                     hidden,
-                    weight,
+                    head.weight,
                     scored_ids,
                     gather_ids=scored_gather_ids,
                     ignore_index=IGNORE_INDEX,
@@ -107,7 +110,7 @@ def install_scoring(
             else:
                 output.loss, output.stats, aux = linear_policy_loss(
                     hidden,
-                    weight,
+                    head.weight,
                     scored_ids,
                     rollout_topk_ids=scored_gather_ids,
                     return_aux=True,
@@ -120,28 +123,6 @@ def install_scoring(
         return output
 
     model.forward = types.MethodType(forward, model)
-
-
-def head_of(model: PreTrainedModel) -> tuple[Tensor | LoraWeight, Tensor | None]:
-    """(weight, bias) of the lm_head; a LoRA adapter on it stays factored.
-
-    Raises:
-        ValueError: the head computes something else than ``h W^T + b`` with a weight or one LoRA adapter.
-    """
-    head = model.get_output_embeddings()
-    if not hasattr(head, "lora_A"):
-        return head.weight, head.bias
-    base = head.get_base_layer()
-    active = [] if head.disable_adapters or head.merged else [name for name in head.active_adapters if name in head.lora_A]
-    if not active:
-        return base.weight, base.bias
-    (adapter, *more) = active
-    if more or adapter in head.lora_variant:
-        raise ValueError(f"the lm_head has {', '.join(active)} active: one plain LoRA adapter can be scored")
-    if head.training and not isinstance(head.lora_dropout[adapter], torch.nn.Identity):
-        raise ValueError(f"the lm_head's adapter {adapter!r} has dropout: set `lora_dropout=0`")
-    a, b = head.lora_A[adapter].weight, head.lora_B[adapter].weight
-    return LoraWeight(base.weight, a, b, head.scaling[adapter]), base.bias
 
 
 @contextmanager

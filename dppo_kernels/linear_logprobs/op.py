@@ -10,7 +10,7 @@ from dppo_kernels import _backend, _checks
 from dppo_kernels._lora import LoraWeight, split_head
 from dppo_kernels._numerics import autocast_dtype, split_temperature, stat_dtype
 from dppo_kernels._row_stats import OUTPUTS, Upstream
-from dppo_kernels._tiling import DEFAULT_WORKSPACE_BYTES, TARGET_ROWS
+from dppo_kernels._tiling import DEFAULT_WORKSPACE_BYTES, TARGET_ROWS, kind_of
 from dppo_kernels.linear_logprobs import torch_impl, unit_gradient
 from dppo_kernels.linear_logprobs.design import Design, choose_design
 from dppo_kernels.linear_logprobs.projection import Gradients, Needs, Projection
@@ -191,7 +191,7 @@ def _design(
     workspace_bytes: int | None,
     backend: str,
 ) -> Design:
-    kind = "cuda" if device.type == "cuda" else "cpu"
+    kind = kind_of(device)
     return choose_design(
         needs=needs,
         outputs=outputs,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,25 +10,17 @@ from torch import Tensor
 from dppo_kernels import _backend, _checks
 from dppo_kernels._lora import LoraWeight, split_head
 from dppo_kernels._numerics import autocast_dtype, split_temperature, stat_dtype
-from dppo_kernels._tiling import DEFAULT_WORKSPACE_BYTES, ROW_BLOCKS, TARGET_ROWS
+from dppo_kernels._tiling import DEFAULT_WORKSPACE_BYTES, ROW_BLOCKS, TARGET_ROWS, kind_of
 from dppo_kernels.aggregate import reduction_weights
-from dppo_kernels.linear_logprobs import linear_logprobs
 from dppo_kernels.linear_logprobs.op import check_linear_arguments, implementation, pair
 from dppo_kernels.linear_logprobs.projection import Needs, Projection
 from dppo_kernels.linear_policy_loss import torch_impl
 from dppo_kernels.linear_policy_loss.design import Design, choose_design
+from dppo_kernels.linear_policy_loss.reference import IGNORED, PolicyAux, linear_policy_loss_ref
 from dppo_kernels.linear_policy_loss.rows import PolicyRows, stat_names
 from dppo_kernels.linear_policy_loss.task import Result, Task, two_pass_fwd
-from dppo_kernels.policy import Stat, check_policy_arguments, partial_sums, per_token, policy_loss
+from dppo_kernels.policy import Stat, check_policy_arguments, partial_sums, per_token
 from dppo_kernels.policy_spec import PolicyLossSpec
-
-
-class PolicyAux(NamedTuple):
-    """Per-token results, detached; 0 where a token was not scored."""
-
-    logprobs: Tensor  # shape of the ids
-    entropy: Tensor | None  # nats
-    scored: Tensor  # bool: tokens that entered the head's GEMM
 
 
 def linear_policy_loss(
@@ -124,47 +116,30 @@ def linear_policy_loss(
         topk_valid = known if topk_valid is None else known & topk_valid
     _checks.check_workspace_bytes(workspace_bytes)
     if workspace_bytes is None:
-        workspace_bytes = DEFAULT_WORKSPACE_BYTES["cuda" if hidden.device.type == "cuda" else "cpu"]
+        workspace_bytes = DEFAULT_WORKSPACE_BYTES[kind_of(hidden.device)]
     autocast = autocast_dtype(hidden.device)
     compute_dtype = hidden.dtype if autocast is None or hidden.dtype == torch.float64 else autocast
     name = _backend.resolve("linear_policy_loss", backend, hidden.device, compute_dtype)
     reports_entropy = with_entropy or spec.entropy_coef != 0
     if name == "reference":
-        outputs = ("logprobs", "entropy") if reports_entropy else ("logprobs",)
-        counted = loss_mask[..., None]
-        scores = linear_logprobs(
-            torch.where(counted, hidden, 0.0),
+        loss, stats, aux = linear_policy_loss_ref(
+            hidden,
             weight,
-            ids.masked_fill(~loss_mask, _IGNORED),
-            bias=bias,
-            gather_ids=None if rollout_topk_ids is None else rollout_topk_ids.masked_fill(~counted, _IGNORED),
-            temperature=temperature,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            ignore_index=_IGNORED,
-            outputs=outputs,
-            backend=name,
-            check_values=check_values,
-        )
-        assert scores.logprobs is not None
-        loss, stats = policy_loss(
-            scores.logprobs,
+            ids,
             anchor_logprobs,
             advantages,
             loss_mask,
             spec=spec,
-            entropy=scores.entropy,
+            head={"bias": bias, "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap},
+            topk=(rollout_topk_ids, rollout_topk_logprobs, topk_valid),
+            with_entropy=reports_entropy,
+            check_values=check_values,
             ref_logprobs=ref_logprobs,
-            topk_logprobs=scores.gathered,
-            rollout_topk_logprobs=rollout_topk_logprobs,
-            topk_valid=topk_valid,
             token_weights=token_weights,
             denominator=denominator,
             entropy_denominator=entropy_denominator,
             max_length=max_length,
         )
-        stats["unscored"] = partial_sums(torch.zeros_like(loss_mask), loss_mask)
-        aux = PolicyAux(scores.logprobs.detach(), None if scores.entropy is None else scores.entropy.detach(), loss_mask)
         return (loss, stats, aux) if return_aux else (loss, stats)
 
     dtype = stat_dtype(compute_dtype)
@@ -190,7 +165,8 @@ def linear_policy_loss(
         entropy_weight = -spec.entropy_coef * mean
     row_temperature, scalar_temperature = split_temperature(temperature, mask.shape[0], dtype)
     rows = hidden.reshape(-1, hidden.shape[-1])
-    inputs = (rows, *_head_inputs(weight, rows, mask, bias, compute_dtype))
+    base, low_hidden, low_weight = split_head(weight, rows, mask, compute_dtype)
+    inputs = (rows, base, None if bias is None else bias.contiguous(), low_hidden, low_weight)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
     loss, logprobs, entropies, scored, packed, *_ = torch.ops.dppo_kernels.linear_policy_loss(
         *inputs,
@@ -213,7 +189,7 @@ def linear_policy_loss(
         *_encode(spec),
         max(lead[1], 1) if len(lead) == 2 else 1,
         workspace_bytes,
-        with_entropy or bool(spec.entropy_coef),
+        reports_entropy,
         score_inactive,
         needs,
         check_values,
@@ -223,16 +199,6 @@ def linear_policy_loss(
     stats = {key: Stat(row[0], row[1].long(), row[2]) for key, row in zip(names, packed.unbind(0), strict=True)}
     aux = PolicyAux(logprobs.reshape(lead), entropies.reshape(lead) if reports_entropy else None, scored.reshape(lead))
     return (loss, stats, aux) if return_aux else (loss, stats)
-
-
-_IGNORED = -100
-
-
-def _head_inputs(
-    weight: Tensor | LoraWeight, hidden: Tensor, mask: Tensor, bias: Tensor | None, compute_dtype: torch.dtype
-) -> tuple[Tensor | None, ...]:
-    base, low_hidden, low_weight = split_head(weight, hidden, mask, compute_dtype)
-    return base, None if bias is None else bias.contiguous(), low_hidden, low_weight
 
 
 def explain_linear_policy_loss(
@@ -264,6 +230,7 @@ def explain_linear_policy_loss(
     name = _backend.resolve("linear_policy_loss", backend, device, dtype)
     if name == "reference":
         return "reference: autograd through linear_logprobs and policy_loss"
+    _checks.check_workspace_bytes(workspace_bytes)
     design = _design(spec, n_rows, sequence_length, vocab, dtype, device, needs_gradient, workspace_bytes, name)
     return f"{name}: {design.explain()}"
 
@@ -279,7 +246,7 @@ def _design(
     workspace_bytes: int | None,
     backend: str,
 ) -> Design:
-    kind = "cuda" if device.type == "cuda" else "cpu"
+    kind = kind_of(device)
     return choose_design(
         n_rows=n_rows,
         longest_sequence=sequence_length,
@@ -358,10 +325,10 @@ def _op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     if hidden.device.type == "cpu" or check_values:
-        known = torch.where(mask, ids, _IGNORED)
-        known_topk = None if topk_ids is None else torch.where(mask[:, None], topk_ids, _IGNORED)
+        known = torch.where(mask, ids, IGNORED)
+        known_topk = None if topk_ids is None else torch.where(mask[:, None], topk_ids, IGNORED)
         known_temperature = None if row_temperature is None else torch.where(mask, row_temperature, 1.0)
-        _checks.check_values(known, known_topk, known_temperature, weight.shape[0], _IGNORED, gather_name="rollout_topk_ids")
+        _checks.check_values(known, known_topk, known_temperature, weight.shape[0], IGNORED, gather_name="rollout_topk_ids")
     spec = _decode(spec_names, spec_numbers)
     n, vocab = mask.shape[0], weight.shape[0]
     design = _design(spec, n, sequence_length, vocab, compute_dtype, hidden.device, any(needs), workspace_bytes, backend)
@@ -390,15 +357,14 @@ def _op(
     )
     with torch.autocast(hidden.device.type, enabled=False):
         result = _run(task, backend)
-    scored = task.to_score()
-    result.stats["unscored"] = partial_sums(mask & ~scored, mask)
+    result.stats["unscored"] = partial_sums(mask & ~task.scored, mask)
     packed = torch.stack([torch.stack([x.double() for x in stat]) for stat in result.stats.values()])
     empty = result.logprobs.new_empty(0)
     return (  # type: ignore[return-value]
         result.loss.to(result.logprobs.dtype),
         result.logprobs,
         empty if result.entropy is None else result.entropy,
-        scored.clone(),  # may be the mask itself
+        task.scored.clone(),  # may be the mask itself
         packed,
         *(empty.clone() if g is None else g for g in result.gradients),
     )

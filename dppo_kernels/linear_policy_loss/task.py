@@ -1,5 +1,6 @@
 """One call of the fused policy loss and its result; and the designs that need no more than `linear_logprobs`."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,9 @@ class Task:
     score_inactive: bool
     needs: Needs
 
-    def to_score(self) -> Tensor:
+    @functools.cached_property
+    def scored(self) -> Tensor:
+        """Rows that enter a GEMM: bool [N]."""
         return self.rows.to_score(self.spec, self.sequence_length, score_inactive=self.score_inactive)
 
 
@@ -78,7 +81,7 @@ class Result:
 def two_pass_fwd(task: Task, score: Callable[..., dict[str, Tensor]], backward: Callable[..., Any]) -> Result:
     """Designs "score" and "recompute" on an implementation of `linear_logprobs`: score all rows, recompute for the gradient."""
     result = Result.empty(task, with_gradients=False)
-    x, to_score = task.projection, task.to_score()
+    x, to_score = task.projection, task.scored
     ids = torch.where(to_score, task.rows.ids, _UNSCORED)
     outputs = frozenset(("logprobs", "entropy") if task.with_entropy else ("logprobs",))
     values = score(x, ids, task.rows.topk_ids, ignore_index=_UNSCORED, outputs=outputs)

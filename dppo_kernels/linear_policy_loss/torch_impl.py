@@ -28,7 +28,7 @@ class Group(NamedTuple):
 def linear_policy_loss_fwd(task: Task) -> Result:
     """Loss and gradients of the rows that have to be scored."""
     result = Result.empty(task)
-    scored = task.to_score().nonzero().squeeze(1)
+    scored = task.scored.nonzero().squeeze(1)
     x, design = task.projection, task.design
     slots = [x.hidden.new_empty((design.chunk_rows, x.weight.shape[0]), dtype=x.dtype) for _ in range(design.slots)]
     for group in _groups(task, scored):
@@ -63,8 +63,10 @@ def _run_group(task: Task, group: Group, slots: list[Tensor], result: Result) ->
     for i, part in enumerate(parts):
         slot = min(i, len(slots) - 1)
         kept.pop(next((j for j in kept if min(j, len(slots) - 1) == slot), -1), None)
-        kept[i], logits = _exponentials(task, group.rows[part], slots[slot], with_topk=True)
-        scores.append(kept[i].scores(logits, task.rows.take(group.rows[part]).topk_ids))
+        rows = group.rows[part]
+        topk_ids = None if task.rows.topk_ids is None else task.rows.topk_ids[rows]
+        kept[i], logits = _exponentials(task, rows, slots[slot], topk_ids)
+        scores.append(kept[i].scores(logits, topk_ids))
     whole = Scores(*(None if x[0] is None else torch.cat(x) for x in zip(*scores, strict=True)))  # type: ignore[arg-type]
     loss = _coefficients(task, group, whole)
     result.add(group.rows, whole, loss)
@@ -73,12 +75,11 @@ def _run_group(task: Task, group: Group, slots: list[Tensor], result: Result) ->
         _add_gradient(task, group.rows[parts[i]], kept.get(i), slots[-1], whole, loss.dlogprobs, parts[i], result)
 
 
-def _exponentials(task: Task, rows: Tensor, slot: Tensor, *, with_topk: bool) -> tuple[Exponentials, Tensor | None]:
-    chosen = task.rows.take(rows)
+def _exponentials(task: Task, rows: Tensor, slot: Tensor, topk_ids: Tensor | None = None) -> tuple[Exponentials, Tensor | None]:
     return exponentials(
         task.projection.select(rows),
-        chosen.ids,
-        chosen.topk_ids if with_topk else None,
+        task.rows.ids[rows],
+        topk_ids,
         slot[: rows.shape[0]],
         with_entropy=task.with_entropy,
         fold_slope=task.entropy_weight is None,
@@ -114,7 +115,7 @@ def _add_gradient(
         return
     if e is None:
         order = keep.nonzero().squeeze(1)
-        e, _ = _exponentials(task, rows[order], spare, with_topk=False)
+        e, _ = _exponentials(task, rows[order], spare)
     else:
         e, order = e.keep_rows(keep)
     rows = rows[order]

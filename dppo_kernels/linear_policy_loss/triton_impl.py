@@ -71,7 +71,6 @@ class _Launcher(ChunkLauncher):
         self.placeholder = self.new(1)
         entropy_weight = task.entropy_weight
         self.entropy_weight = self.placeholder if entropy_weight is None else entropy_weight.float().reshape(1)
-        self.scored = task.to_score()
 
     def run(self) -> None:
         task, n = self.task, self.task.rows.mask.shape[0]
@@ -89,7 +88,6 @@ class _Launcher(ChunkLauncher):
         programs = triton.cdiv(self.chunk_rows, ROW_BLOCK)
         losses = self.new(programs * len(parts), torch.float64)
         stats = self.new((programs * len(parts), len(names), 2), torch.float64)
-        self.result.logprobs.zero_()
         for i, part in enumerate(parts):
             sums = self.project(group, part, self.slots[0])
             prepared = self.row_stage(
@@ -97,7 +95,7 @@ class _Launcher(ChunkLauncher):
             )
             self.gradients(group, part, self.slots[0], sums, prepared)
         self.result.loss += losses.sum()
-        count = self.scored.sum()
+        count = self.task.scored.sum()
         totals, maxima = stats[..., 0].sum(0), stats[..., 1].amax(0)
         self.result.stats = {name: Stat(totals[i], count, maxima[i]) for i, name in enumerate(names)}
 
@@ -110,7 +108,7 @@ class _Launcher(ChunkLauncher):
             slot = min(i, len(self.slots) - 1)
             kept[slot] = i, self.project(group, rows, self.slots[slot])
             self.row_stage(group, rows, kept[slot][1], "score")
-        rows_of = self.rows.take(part)._replace(mask=self.scored[part])
+        rows_of = self.rows.take(part)._replace(mask=task.scored[part])
         scores = Scores(result.logprobs[part], None if result.entropy is None else result.entropy[part], None)
         loss = row_loss(rows_of, scores, task.spec, task.entropy_weight, task.sequence_length)
         result.loss += loss.loss
@@ -129,7 +127,7 @@ class _Launcher(ChunkLauncher):
     def group(self, part: slice) -> Group:
         """Scored rows among `part` of the caller's rows, compacted on the device."""
         x = self.task.projection.cut(part)
-        rows, counted = self.rows.take(part), self.scored[part]
+        rows, counted = self.rows.take(part), self.task.scored[part]
         compacted = compact_rows(x, counted)
         ids = rows.ids.masked_fill(~counted, -1)
         all_ids = ids[:, None] if rows.topk_ids is None else torch.cat([ids[:, None], rows.topk_ids], 1)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dppo_kernels import explain_linear_logprobs, linear_logprobs
 from dppo_kernels._row_stats import Upstream
@@ -14,7 +13,7 @@ from dppo_kernels._tiling import MIN_ROWS
 from dppo_kernels.linear_logprobs import op, torch_impl, unit_gradient
 from dppo_kernels.linear_logprobs.design import Design, choose_design
 from dppo_kernels.linear_logprobs.projection import Needs, Projection
-from tests.census import GemmFlops, counted_kernels, linear_inputs
+from tests.census import GemmFlops, LargestTensor, counted_kernels, linear_inputs
 from tests.numerics import assert_as_exact_as_torch, bit_equal
 from tests.strategies import IGNORE, ScoringCase, scoring_cases
 
@@ -228,23 +227,12 @@ def test_flops_are_four_in_the_forward_and_none_in_the_backward(chunk_rows: int)
 
 
 def test_no_tensor_exceeds_the_workspace() -> None:
-    largest = 0
-
-    class Census(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            largest = max(
-                [largest, *(x.numel() for x in (out if isinstance(out, tuple | list) else (out,)) if isinstance(x, Tensor))]
-            )
-            return out
-
     x, ids, gather_ids = projection(softcap=5.0)
     x = replace(x, hidden=x.hidden[:, :4].contiguous(), weight=x.weight[:, :4].contiguous())  # the head is smaller than a chunk
-    with Census():
+    with LargestTensor() as largest:
         saved = unit_gradient.unit_gradient_fwd(x, ids, gather_ids, ignore_index=IGNORE, with_entropy=True, chunk_rows=16)
         unit_gradient.unit_gradient_bwd(x, ids, gather_ids, upstream(), saved, ignore_index=IGNORE)
-    assert largest <= 16 * V
+    assert largest.nbytes <= 4 * 16 * V
 
 
 @INTERPRETED

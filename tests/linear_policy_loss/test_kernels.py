@@ -166,7 +166,7 @@ def test_elements_moved(active: bool) -> None:
     """The head once per block of active rows to project and once to dhidden; rows without advantage move nothing."""
     changes = {} if active else {"advantages": torch.zeros(6)}
     task = captured(PRESETS["cispo"], workspace_bytes=1 << 20, **changes)
-    n1 = int(task.to_score().sum())
+    n1 = int(task.scored.sum())
     hidden, weight = (x.detach().clone() for x in (task.projection.hidden, task.projection.weight))
     task = replace(task, projection=replace(task.projection, hidden=hidden, weight=weight))
     vocab, width = weight.shape

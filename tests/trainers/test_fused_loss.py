@@ -118,3 +118,9 @@ def test_selecting_tokens_by_entropy_needs_the_unfused_path(make_trainer, make_c
     make_trainer(top_entropy_quantile=0.5, max_steps=1).train()
     assert calls["linear_logprobs", True] == 1
     assert not calls["linear_policy_loss", True]
+
+
+def test_trl_refuses_an_adapter_on_the_head(make_trainer, model) -> None:
+    """So the trainers never see one; `linear_policy_loss` itself takes a `LoraWeight`."""
+    with pytest.raises(ValueError, match="adapter to `lm_head` is not supported"):
+        make_trainer(peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"], r=4))

@@ -1,11 +1,9 @@
 """Scores computed inside the forward equal those from the model's own logits, whatever the model does to them."""
 
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -78,27 +76,6 @@ def test_gradients_equal_those_of_the_logits() -> None:
     torch.log_softmax(logits, -1).gather(2, ids[:, -4:, None]).sum().backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(fused[name], p.grad, rtol=1e-4, atol=1e-5, msg=name)
-
-
-@pytest.mark.parametrize("disabled", [False, True])
-def test_a_lora_adapter_on_the_head_is_scored(disabled: bool) -> None:
-    torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_config(CONFIGS["cohere logit scale"]).eval()
-    adapted = get_peft_model(base, LoraConfig(r=3, lora_alpha=6, target_modules=["lm_head", "q_proj"], init_lora_weights=False))
-    adapted.eval()
-    install_scoring(adapted.get_base_model(), temperature=0.8)
-    ids = torch.randint(3, 97, (2, 8))
-    mask = torch.ones_like(ids)
-    trained = [p for p in adapted.parameters() if p.requires_grad]
-    with adapted.disable_adapter() if disabled else nullcontext():
-        scored = adapted(input_ids=ids, attention_mask=mask, scored_ids=ids[:, -4:]).logprobs
-        logits = adapted(input_ids=ids, attention_mask=mask).logits[:, -5:-1] / 0.8
-    expected = torch.log_softmax(logits, -1).gather(2, ids[:, -4:, None]).squeeze(2)
-    torch.testing.assert_close(scored, expected, rtol=0, atol=2e-5)
-    if not disabled:
-        assert len(trained) == 6
-        for ours, theirs in zip(*(torch.autograd.grad(x.sum(), trained) for x in (scored, expected)), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_other_calls_run_the_forward_that_was_there() -> None:
