@@ -61,6 +61,44 @@ def add_low_rank(
 
 
 @triton.jit
+def project_tile(
+    hidden,  # pointer or descriptor of the compacted rows [N, H]
+    weight,  # pointer or descriptor [V, H]
+    bias_ptr,
+    low_hidden_ptr,
+    low_weight_ptr,
+    row,
+    col,
+    N,
+    V,
+    H,
+    R,
+    stride_weight_v,
+    stride_weight_h,
+    HAS_BIAS: tl.constexpr,
+    LOW_RANK: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """``h W^T + b`` of the tile at (row, col), with a LoRA's product, in fp32."""
+    z = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    if LOW_RANK:  # first: after the main loop, it would need registers beside the whole accumulator
+        z = add_low_rank(z, low_hidden_ptr, low_weight_ptr, row, col, N, V, R, UPCAST, BLOCK_R)
+    for k in range(0, H, BLOCK_H):
+        h = load_tile(hidden, row, k, N, H, H, 1, BLOCK_N, BLOCK_H, DESCRIPTOR, UPCAST)
+        w = load_tile(weight, col, k, V, H, stride_weight_v, stride_weight_h, BLOCK_V, BLOCK_H, DESCRIPTOR, UPCAST)
+        z = tl.dot(h, tl.trans(w), z, input_precision="ieee")
+    if HAS_BIAS:
+        offs_v = col + tl.arange(0, BLOCK_V)
+        z += tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)[None, :]
+    return z
+
+
+@triton.jit
 def tanh(x):
     """Accurate in relative terms near 0 as well, where the exponential form cancels."""
     x2 = x * x

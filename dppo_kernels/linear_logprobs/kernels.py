@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dppo_kernels._tiling import LsePlan, pick_lse_plan
-from dppo_kernels._tl import add_low_rank, fold_tile, load_tile, merge_stats, nonpositive, transform_logits
+from dppo_kernels._tl import fold_tile, merge_stats, nonpositive, project_tile, transform_logits
 from dppo_kernels._triton import INTERPRET, can_describe, capability, launch_on, operand, program_count
 from dppo_kernels.linear_logprobs.projection import Projection
 
@@ -99,15 +99,10 @@ def linear_lse_fwd_kernel(
         for tile in range(first_tile, min(first_tile + SEGMENT_TILES, tl.cdiv(V, BLOCK_V))):
             col = tile * BLOCK_V
             offs_v = col + tl.arange(0, BLOCK_V)
-            z = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-            if LOW_RANK:
-                z = add_low_rank(z, low_hidden_ptr, low_weight_ptr, row, col, N, V, R, UPCAST, BLOCK_R)
-            for k in range(0, H, BLOCK_H):
-                h = load_tile(hidden, row, k, N, H, H, 1, BLOCK_N, BLOCK_H, DESCRIPTOR, UPCAST)
-                w = load_tile(weight, col, k, V, H, stride_weight_v, stride_weight_h, BLOCK_V, BLOCK_H, DESCRIPTOR, UPCAST)
-                z = tl.dot(h, tl.trans(w), z, input_precision="ieee")
-            if HAS_BIAS:
-                z += tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)[None, :]
+            z = project_tile(
+                hidden, weight, bias_ptr, low_hidden_ptr, low_weight_ptr, row, col, N, V, H, R,
+                stride_weight_v, stride_weight_h, HAS_BIAS, LOW_RANK, DESCRIPTOR, UPCAST, BLOCK_N, BLOCK_V, BLOCK_H, BLOCK_R,
+            )  # fmt: skip
             z, _ = transform_logits(z, scale, softcap, inverse_temperature, HAS_SOFTCAP)
             if TOTAL:
                 total += tl.sum(tl.where(offs_v[None, :] < V, z, 0.0), 1)

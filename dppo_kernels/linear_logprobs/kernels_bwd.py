@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dppo_kernels._row_stats import Upstream
 from dppo_kernels._tiling import GradPlan, chunks, pick_grad_plan
-from dppo_kernels._tl import FINITE_MINUS_INF, add_low_rank, load_tile, transform_logits
+from dppo_kernels._tl import FINITE_MINUS_INF, load_tile, project_tile, transform_logits
 from dppo_kernels._triton import INTERPRET, can_describe, capability, descriptor_obstacle, launch_on, operand
 from dppo_kernels.linear_logprobs.kernels import CompactRows, compact_rows, gather_logits
 from dppo_kernels.linear_logprobs.projection import Gradients, Needs, Projection
@@ -63,15 +63,10 @@ def linear_dlogits_kernel(
     if row < count:
         offs_n, offs_v = row + tl.arange(0, BLOCK_N), col + tl.arange(0, BLOCK_V)
         mask_n = offs_n < count
-        z = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-        if LOW_RANK:
-            z = add_low_rank(z, low_hidden_ptr, low_weight_ptr, row, col, N, V, R, UPCAST, BLOCK_R)
-        for k in range(0, H, BLOCK_H):
-            h = load_tile(hidden, row, k, N, H, H, 1, BLOCK_N, BLOCK_H, DESCRIPTOR, UPCAST)
-            w = load_tile(weight, col, k, V, H, stride_weight_v, stride_weight_h, BLOCK_V, BLOCK_H, DESCRIPTOR, UPCAST)
-            z = tl.dot(h, tl.trans(w), z, input_precision="ieee")
-        if HAS_BIAS:
-            z += tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)[None, :]
+        z = project_tile(
+            hidden, weight, bias_ptr, low_hidden_ptr, low_weight_ptr, row, col, N, V, H, R, stride_weight_v, stride_weight_h,
+            HAS_BIAS, LOW_RANK, DESCRIPTOR, UPCAST, BLOCK_N, BLOCK_V, BLOCK_H, BLOCK_R,
+        )  # fmt: skip
         inverse_temperature = tl.load(inverse_temperature_ptr + offs_n, mask=mask_n, other=1.0)[:, None]
         z, slope = transform_logits(z, scale, softcap, inverse_temperature, HAS_SOFTCAP)
         row_max = tl.load(row_max_ptr + offs_n, mask=mask_n, other=0.0)[:, None]

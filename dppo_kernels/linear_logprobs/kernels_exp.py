@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dppo_kernels._tiling import GradPlan, pick_grad_plan
-from dppo_kernels._tl import FINITE_MINUS_INF, add_low_rank, load_tile, transform_logits
+from dppo_kernels._tl import FINITE_MINUS_INF, project_tile, transform_logits
 from dppo_kernels._triton import INTERPRET, can_describe, capability, descriptor_obstacle, operand
 from dppo_kernels.linear_logprobs.kernels import CompactRows
 from dppo_kernels.linear_logprobs.kernels_bwd import accumulate_gemm_kernel, gemm_columns
@@ -75,15 +75,10 @@ def exponentials_kernel(
         offs_n, offs_v = row + tl.arange(0, BLOCK_N), col + tl.arange(0, BLOCK_V)
         local_n = local_row + tl.arange(0, BLOCK_N)
         mask_n = (offs_n < count) & (local_n < chunk_rows)
-        z = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-        if LOW_RANK:
-            z = add_low_rank(z, low_hidden_ptr, low_weight_ptr, row, col, N, V, R, UPCAST, BLOCK_R)
-        for k in range(0, H, BLOCK_H):
-            h = load_tile(hidden, row, k, N, H, H, 1, BLOCK_N, BLOCK_H, DESCRIPTOR, UPCAST)
-            w = load_tile(weight, col, k, V, H, stride_weight_v, stride_weight_h, BLOCK_V, BLOCK_H, DESCRIPTOR, UPCAST)
-            z = tl.dot(h, tl.trans(w), z, input_precision="ieee")
-        if HAS_BIAS:
-            z += tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)[None, :]
+        z = project_tile(
+            hidden, weight, bias_ptr, low_hidden_ptr, low_weight_ptr, row, col, N, V, H, R, stride_weight_v, stride_weight_h,
+            HAS_BIAS, LOW_RANK, DESCRIPTOR, UPCAST, BLOCK_N, BLOCK_V, BLOCK_H, BLOCK_R,
+        )  # fmt: skip
         inverse_temperature = tl.load(inverse_temperature_ptr + offs_n, mask=mask_n, other=1.0)[:, None]
         z, slope = transform_logits(z, scale, softcap, inverse_temperature, HAS_SOFTCAP)
         ids = tl.load(ids_ptr + offs_n, mask=mask_n, other=-1)
