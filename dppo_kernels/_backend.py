@@ -9,15 +9,16 @@ import os
 
 import torch
 
+from dppo_kernels import _ext
 from dppo_kernels._checks import check_choice
 
-BACKENDS = ("auto", "reference", "torch", "triton", "cuda")
+BACKENDS = ("auto", "reference", "torch", "triton", "cpp", "cuda")
 
 # What each op is implemented in, best first: `auto` takes the first that can serve the call.
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "linear_logprobs": ("triton", "torch", "reference"),
     "token_logprobs": ("triton", "torch", "reference"),
-    "topk_logprobs": ("torch", "reference"),
+    "topk_logprobs": ("cuda", "cpp", "torch", "reference"),
     "linear_policy_loss": ("triton", "torch", "reference"),
 }
 
@@ -37,8 +38,13 @@ def status() -> dict[str, tuple[bool, str]]:
         "reference": (True, "definition in plain torch, autograd through row chunks"),
         "torch": (True, f"tiled torch {torch.__version__}, {torch.get_num_threads()} CPU threads"),
         "triton": (obstacle is None, how if obstacle is None else obstacle),
-        "cuda": (False, "this version has no CUDA C++ kernels"),
+        "cpp": (_ext.CPU.loaded, _explain_extension(_ext.CPU, "C++ on CPU tensors")),
+        "cuda": (_ext.CUDA.loaded and torch.cuda.is_available(), _explain_extension(_ext.CUDA, "CUDA C++ on CUDA tensors")),
     }
+
+
+def _explain_extension(extension: _ext.Extension, what: str) -> str:
+    return f"{what} ({extension.reason})" if extension.loaded else extension.reason
 
 
 def resolve(op: str, backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
@@ -74,6 +80,19 @@ def _obstacle(op: str, name: str, device: torch.device, dtype: torch.dtype, *, n
         if not named and device.type == "cpu":
             return "the interpreter is for tests"
         return _triton_obstacle(device, dtype)
+    if name in ("cpp", "cuda"):
+        return _extension_obstacle(name, device, dtype)
+    return None
+
+
+def _extension_obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    extension, wanted = (_ext.CUDA, "cuda") if name == "cuda" else (_ext.CPU, "cpu")
+    if device.type != wanted:
+        return f"it serves {wanted} tensors, these are on {device.type}"
+    if not extension.loaded:
+        return extension.reason
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it serves float32, bfloat16 and float16, these tensors are {str(dtype).removeprefix('torch.')}"
     return None
 
 

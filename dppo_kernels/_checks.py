@@ -108,3 +108,12 @@ def _raise_first(name: str, values: Tensor, bad: Tensor, expected: str) -> None:
     if bool(bad.any()):
         where = tuple(bad.nonzero()[0].tolist())
         raise ValueError(f"`{name}` must be {expected}; got {values[where].item()} at index {list(where)}")
+
+
+def check_logits(logits: Tensor, ids_name: str, ids: Tensor) -> None:
+    """Floating logits [..., V] and integer ids [...] of one shape and device."""
+    check_floating("logits", logits)
+    check_ids(ids_name, ids)
+    if logits.dim() != ids.dim() + 1 or logits.shape[:-1] != ids.shape:
+        raise ValueError(f"`logits` must be [*{ids_name}.shape, V]; got {list(logits.shape)} for {ids_name} {list(ids.shape)}")
+    check_device(ids_name, ids, "logits", logits)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dppo_kernels import _backend, token_logprobs
+from dppo_kernels import _backend, _ext, token_logprobs
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -62,7 +62,7 @@ def test_triton_refuses_float64_and_its_own_absence(monkeypatch) -> None:
 
 
 def test_explain_names_the_choice_and_its_reason() -> None:
-    assert _backend.explain("topk_logprobs", device=CPU).startswith("topk_logprobs runs on 'torch' (the best one for cpu")
+    assert _backend.explain("linear_logprobs", device=CPU).startswith("linear_logprobs runs on 'torch' (the best one for cpu")
     assert _backend.explain("linear_logprobs", device=CUDA).startswith("linear_logprobs runs on 'triton'")
     assert "named by backend='reference'" in _backend.explain("topk_logprobs", "reference")
 
@@ -71,3 +71,21 @@ def test_status_has_a_reason_for_every_backend() -> None:
     status = _backend.status()
     assert set(status) == set(_backend.BACKENDS) - {"auto"}
     assert all(reason for _, reason in status.values())
+
+
+@pytest.mark.parametrize(("name", "device", "other"), [("cpp", CPU, CUDA), ("cuda", CUDA, CPU)])
+def test_extensions_serve_their_device_where_they_are_built(name: str, device, other, monkeypatch) -> None:
+    attribute = "CPU" if name == "cpp" else "CUDA"
+    monkeypatch.setattr(_ext, attribute, _ext.Extension(True, "_C.abi3.so"))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert _backend.resolve("topk_logprobs", None, device, dtype) == name
+    assert _backend.resolve("topk_logprobs", None, device, torch.float64) == "torch"
+    with pytest.raises(ValueError, match=f"it serves {device.type} tensors, these are on {other.type}"):
+        _backend.resolve("topk_logprobs", name, other, torch.float32)
+    with pytest.raises(ValueError, match="it serves float32, bfloat16 and float16, these tensors are float64"):
+        _backend.resolve("topk_logprobs", name, device, torch.float64)
+    monkeypatch.setattr(_ext, attribute, _ext.Extension(False, "not built: torch was not found"))
+    assert _backend.resolve("topk_logprobs", None, device, torch.float32) == "torch"
+    assert _backend.status()[name] == (False, "not built: torch was not found")
+    with pytest.raises(ValueError, match=f"backend='{name}' cannot serve topk_logprobs: not built: torch was not found"):
+        _backend.resolve("topk_logprobs", name, device, torch.float32)

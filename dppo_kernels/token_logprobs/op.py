@@ -1,4 +1,4 @@
-"""Public `token_logprobs` and `topk_logprobs`, and their custom ops ``dppo_kernels::{token_logprobs*,topk_logprobs}``."""
+"""Public `token_logprobs` and its custom ops ``dppo_kernels::token_logprobs*``."""
 
 import math
 from collections.abc import Sequence
@@ -13,10 +13,7 @@ from dppo_kernels import _backend, _checks
 from dppo_kernels._numerics import split_temperature, stat_dtype
 from dppo_kernels._row_stats import Upstream
 from dppo_kernels.token_logprobs import torch_impl
-from dppo_kernels.token_logprobs.reference import token_logprobs_ref, topk_logprobs_ref
-from dppo_kernels.token_logprobs.torch_impl import check_finite_maximum, topk_logprobs_fwd
-
-MAX_K = 128
+from dppo_kernels.token_logprobs.reference import token_logprobs_ref
 
 OUTPUTS = ("logprobs", "lse", "entropy")
 
@@ -28,16 +25,6 @@ class TokenLogprobs(NamedTuple):
     entropy: Tensor | None  # [...] nats
     lse: Tensor | None  # [...]
     gathered: Tensor | None  # [..., K] log-probs
-
-
-class TopKLogprobs(NamedTuple):
-    """Top-K log-probs with the sampled token injected: K + 1 columns, no id twice."""
-
-    ids: Tensor  # [..., K+1] int64; column K is -1 where the sampled token is among the top K
-    logprobs: Tensor  # [..., K+1]; 0 where `valid` is False
-    valid: Tensor  # [..., K+1] bool
-    sampled_logprobs: Tensor  # [...]
-    lse: Tensor  # [...]
 
 
 def token_logprobs(
@@ -77,7 +64,10 @@ def token_logprobs(
 
     Source: online softmax, Milakov & Gimelshein (arXiv 1805.02867).
     """
-    _check_arguments(logits, ids, gather_ids, temperature)
+    _checks.check_logits(logits, "ids", ids)
+    if gather_ids is not None:
+        _checks.check_gather_ids(gather_ids, ids)
+    _checks.check_temperature(temperature, ids)
     if isinstance(outputs, str) or (not outputs and gather_ids is None):
         raise ValueError(f"`outputs` must be a sequence naming at least one of {', '.join(OUTPUTS)}; got {outputs!r}")
     for output in outputs:
@@ -117,57 +107,6 @@ def token_logprobs(
     if gather_ids is not None:
         wanted["gathered"] = values["gathered"].reshape(gather_ids.shape)
     return TokenLogprobs(**{field: wanted.get(field) for field in TokenLogprobs._fields})
-
-
-def topk_logprobs(
-    logits: Tensor,  # [..., V]
-    sampled_ids: Tensor,  # [...]
-    k: int,
-    *,
-    temperature: float | Tensor = 1.0,  # scalar or [...]
-    backend: str | None = None,
-    check_values: bool = False,
-) -> TopKLogprobs:
-    """What a rollout must record for top-K divergences: the K most likely ids, the sampled one, and their log-probs.
-
-    Columns 0..K-1 are ordered by (value descending, id ascending). Column K holds the sampled token if it is outside the top K,
-    else id -1, log-prob 0, ``valid`` False: so every id appears once. No gradient flows.
-
-    Args:
-        logits: [..., V] raw logits; -inf is allowed, a row whose maximum is not finite is refused with its number.
-        sampled_ids: [...] int32/int64 ids of the sampled tokens.
-        k: 1 <= k <= min(V, 128).
-        temperature: positive number, or a tensor [...] with one per row; log-probs are those of ``logits / temperature``.
-        backend: "auto" (default), "reference" or "torch"; also set by ``DPPO_KERNELS_BACKEND``.
-        check_values: check ids and logits on CUDA too (a host sync); on CPU they are always checked.
-
-    Returns:
-        `TopKLogprobs`, log-probs in float32 (float64 for float64 inputs), over the full vocabulary (not renormalised).
-
-    Raises:
-        TypeError: wrong type or dtype. ValueError: wrong shape, device, id, k, temperature, backend, or logits.
-
-    Source: DPPO (arXiv 2602.04879), A' = TopK(mu, K) + {y_t}.
-    """
-    _check_arguments(logits, sampled_ids, None, temperature, ids_name="sampled_ids")
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"`k` must be an int, got {type(k).__name__}")
-    vocab = logits.shape[-1]
-    if not 1 <= k <= min(vocab, MAX_K):
-        raise ValueError(f"`k` must be in [1, min(V, {MAX_K})] = [1, {min(vocab, MAX_K)}], got {k}")
-    name = _backend.resolve("topk_logprobs", backend, logits.device, logits.dtype)
-    lead = sampled_ids.shape
-    flat_logits, flat_ids = logits.detach().reshape(-1, vocab), sampled_ids.reshape(-1).long()
-    row_temperature, scalar_temperature = split_temperature(temperature, flat_ids.shape[0], stat_dtype(logits.dtype))
-    if name == "reference":
-        if logits.device.type == "cpu" or check_values:
-            _checks.check_values(flat_ids, None, row_temperature, vocab, None, ids_name="sampled_ids")
-            check_finite_maximum(flat_logits.amax(1), 0)
-        row_or_scalar = scalar_temperature if row_temperature is None else row_temperature
-        flat = topk_logprobs_ref(flat_logits, flat_ids, k, row_or_scalar)
-    else:
-        flat = torch.ops.dppo_kernels.topk_logprobs(flat_logits, flat_ids, k, row_temperature, scalar_temperature, check_values)
-    return TopKLogprobs(*(value.reshape((*lead, *value.shape[1:])) for value in flat))
 
 
 _FIELDS = ("logprobs", "lse", "entropy", "gathered", "row_max", "log_sum")
@@ -287,25 +226,6 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("dppo_kernels::topk_logprobs", mutates_args=())
-def _topk_op(
-    logits: Tensor, sampled_ids: Tensor, k: int, row_temperature: Tensor | None, temperature: float, check_values: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    check = logits.device.type == "cpu" or check_values
-    if check:
-        _checks.check_values(sampled_ids, None, row_temperature, logits.shape[1], None, ids_name="sampled_ids")
-    row_or_scalar = temperature if row_temperature is None else row_temperature
-    return topk_logprobs_fwd(logits, sampled_ids, k, row_or_scalar, check_values=check)
-
-
-@_topk_op.register_fake
-def _(logits: Tensor, sampled_ids: Tensor, k: int, *rest: Any) -> tuple[Tensor, ...]:
-    n, dtype = logits.shape[0], stat_dtype(logits.dtype)
-    columns, rows = logits.new_empty((n, k + 1), dtype=dtype), logits.new_empty(n, dtype=dtype)
-    ids = sampled_ids.new_empty(n, k + 1)
-    return ids, columns, torch.empty_like(ids, dtype=torch.bool), rows, torch.empty_like(rows)
-
-
 def _check_inplace(logits: Tensor, backend: str) -> None:
     """Refuse to overwrite logits that something else needs, or whose elements are not all their own."""
     reason = None
@@ -342,16 +262,3 @@ def _as_row_blocks(x: Tensor) -> Tensor:
     """``x [..., V]`` as [A, B, V]; a view wherever there is one."""
     split = _fold(x) or 0
     return x.reshape(math.prod(x.shape[:split]), math.prod(x.shape[split:-1]), x.shape[-1])
-
-
-def _check_arguments(
-    logits: Tensor, ids: Tensor, gather_ids: Tensor | None, temperature: float | Tensor, ids_name: str = "ids"
-) -> None:
-    _checks.check_floating("logits", logits)
-    _checks.check_ids(ids_name, ids)
-    if logits.dim() != ids.dim() + 1 or logits.shape[:-1] != ids.shape:
-        raise ValueError(f"`logits` must be [*{ids_name}.shape, V]; got {list(logits.shape)} for {ids_name} {list(ids.shape)}")
-    _checks.check_device(ids_name, ids, "logits", logits)
-    if gather_ids is not None:
-        _checks.check_gather_ids(gather_ids, ids)
-    _checks.check_temperature(temperature, ids)

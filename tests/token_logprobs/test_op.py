@@ -5,10 +5,9 @@ import math
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
-from dppo_kernels import token_logprobs, topk_logprobs
+from dppo_kernels import token_logprobs
 from dppo_kernels._row_stats import Upstream
 from dppo_kernels.token_logprobs import op, torch_impl
 from tests.numerics import assert_as_exact_as_torch, bit_equal
@@ -64,19 +63,15 @@ def test_shifting_a_row_of_logits_changes_nothing() -> None:
         strict=True,
     ):
         assert bit_equal(a, b)
-    assert bit_equal(topk_logprobs(logits, ids, 5).logprobs, topk_logprobs(logits + shift, ids, 5).logprobs)
 
 
 def test_a_row_has_the_same_bits_in_any_batch() -> None:
     logits, ids = torch.randn(300, 5000), torch.randint(0, 5000, (300,))
     whole = token_logprobs(logits, ids, outputs=("logprobs", "entropy"))
-    top = topk_logprobs(logits, ids, 7)
     for rows in (slice(0, 1), slice(299, 300), slice(100, 203)):
         part = token_logprobs(logits[rows], ids[rows], outputs=("logprobs", "entropy"))
         assert bit_equal(part.logprobs, whole.logprobs[rows])
         assert bit_equal(part.entropy, whole.entropy[rows])
-        for a, b in zip(topk_logprobs(logits[rows], ids[rows], 7), top, strict=True):
-            assert bit_equal(a, b[rows])
 
 
 def test_chunks_do_not_matter(monkeypatch) -> None:
@@ -84,56 +79,12 @@ def test_chunks_do_not_matter(monkeypatch) -> None:
 
     def everything() -> list[Tensor]:
         out = token_logprobs(logits, ids, outputs=("logprobs", "entropy"))
-        return [*out[:2], *torch.autograd.grad(out.logprobs.sum() + out.entropy.sum(), logits), *topk_logprobs(logits, ids, 3)]
+        return [*out[:2], *torch.autograd.grad(out.logprobs.sum() + out.entropy.sum(), logits)]
 
     whole = everything()
     monkeypatch.setattr(torch_impl, "pick_row_chunk", lambda vocab: 3)
     for a, b in zip(everything(), whole, strict=True):
         assert bit_equal(a, b)
-
-
-@given(scoring_cases(dtypes=(torch.float32, torch.bfloat16)), st.integers(1, 128))
-def test_topk_equals_reference(case: ScoringCase, k: int) -> None:
-    k = min(k, case.vocab)
-    logits, sampled = case.logits(), case.ids().clamp(min=0)
-    out = topk_logprobs(logits, sampled, k, temperature=case.row_temperature())
-    expected = topk_logprobs(logits, sampled, k, temperature=case.row_temperature(), backend="reference")
-    exact = topk_logprobs(logits.double(), sampled, k, temperature=case.row_temperature(), backend="reference")
-    assert torch.equal(out.ids, expected.ids)
-    assert torch.equal(out.valid, expected.valid)
-    for name in ("logprobs", "sampled_logprobs", "lse"):
-        same_order = torch.equal(exact.ids, expected.ids)  # rounding z / T may merge neighbours into a tie
-        if same_order:
-            assert_as_exact_as_torch(name, getattr(out, name), getattr(expected, name), getattr(exact, name))
-    rows_without_duplicates = [len(set(row[row >= 0].tolist())) == int((row >= 0).sum()) for row in out.ids]
-    assert all(rows_without_duplicates)
-    if case.rows:
-        assert (out.ids == sampled[:, None]).any(1).all()
-
-
-def test_topk_ties_go_to_the_lowest_id() -> None:
-    logits = torch.zeros(2, 1000, dtype=torch.bfloat16)
-    logits[1, 500] = 1
-    out = topk_logprobs(logits, torch.tensor([999, 500]), 4)
-    assert out.ids.tolist() == [[0, 1, 2, 3, 999], [500, 0, 1, 2, -1]]
-    assert out.valid.tolist() == [[True] * 5, [True] * 4 + [False]]
-
-
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_topk_with_impossible_tokens_and_nan(backend: str) -> None:
-    logits = torch.full((2, 9), -torch.inf)
-    logits[:, 3], logits[:, 7] = 1.0, 0.0
-    out = topk_logprobs(logits, torch.tensor([3, 8]), 4, backend=backend)
-    assert out.ids[0, :2].tolist() == [3, 7]
-    assert (out.logprobs[0, 2:4] == -torch.inf).all()
-    assert out.sampled_logprobs[1] == -torch.inf
-    torch.testing.assert_close(out.logprobs[0, :2], torch.log_softmax(torch.tensor([1.0, 0.0]), 0))
-    logits[1, 0] = torch.nan
-    with pytest.raises(ValueError, match="finite maximum in every row; row 1 has nan"):
-        topk_logprobs(logits, torch.tensor([3, 8]), 4, backend=backend)
-    for value in (torch.inf, -torch.inf):
-        with pytest.raises(ValueError, match=f"row 0 has {value}"):
-            topk_logprobs(torch.full((1, 5), value), torch.tensor([0]), 2, backend=backend)
 
 
 def test_impossible_tokens_have_no_gradient() -> None:
@@ -263,26 +214,6 @@ def test_bad_arguments(changes: dict, error: type[Exception], message: str) -> N
         token_logprobs(**{**good_arguments(), **changes})
 
 
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"k": 0}, ValueError, r"`k` must be in \[1, min\(V, 128\)\] = \[1, 11\], got 0"),
-        ({"k": 12}, ValueError, "got 12"),
-        ({"k": True}, TypeError, "`k` must be an int, got bool"),
-        (
-            {"sampled_ids": torch.tensor([0, 1, -1, 2])},
-            ValueError,
-            r"`sampled_ids` must be in \[0, 11\); got -1 at index \[2\]",
-        ),
-        ({"sampled_ids": torch.zeros(5, dtype=torch.long)}, ValueError, r"`logits` must be \[\*sampled_ids.shape, V\]"),
-    ],
-)
-def test_bad_topk_arguments(changes: dict, error: type[Exception], message: str) -> None:
-    arguments = {"logits": torch.randn(4, 11), "sampled_ids": torch.zeros(4, dtype=torch.long), "k": 3}
-    with pytest.raises(error, match=message):
-        topk_logprobs(**{**arguments, **changes})
-
-
 def test_opcheck() -> None:
     logits, ids = torch.randn(1, 5, 30, requires_grad=True), torch.randint(0, 30, (5,))
     gather_ids, per_row = torch.randint(-1, 30, (5, 3)), torch.rand(5) + 0.5
@@ -291,7 +222,6 @@ def test_opcheck() -> None:
         (logits, ids, None, per_row, 1.0, IGNORE, False, "logprobs", False, "torch"),
     ):
         assert set(torch.library.opcheck(op._forward_op, args).values()) == {"SUCCESS"}
-    assert set(torch.library.opcheck(op._topk_op, (logits.detach()[0], ids, 4, None, 1.0, False)).values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -304,10 +234,3 @@ def test_compiled_equals_eager(inplace: bool) -> None:
 
     compiled = torch.compile(loss, fullgraph=True)
     torch.testing.assert_close(torch.autograd.grad(compiled(source), source), torch.autograd.grad(loss(source), source))
-
-
-def test_compiled_topk_equals_eager() -> None:
-    logits, ids = torch.randn(6, 30), torch.randint(0, 30, (6,))
-    compiled = torch.compile(lambda x: topk_logprobs(x * 2, ids, 4, temperature=0.7), fullgraph=True)
-    for a, b in zip(compiled(logits), topk_logprobs(logits * 2, ids, 4, temperature=0.7), strict=True):
-        assert torch.equal(a, b)

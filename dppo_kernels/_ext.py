@@ -1,0 +1,39 @@
+"""The compiled extensions of `csrc/`: found and loaded once, when this is imported. Loading them touches no CUDA device."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+_FOLDER = Path(__file__).resolve().parent
+
+
+class Extension(NamedTuple):
+    """Whether its ops can be called, and in words what was found."""
+
+    loaded: bool
+    reason: str
+
+
+def _load(name: str) -> Extension:
+    path = next(_FOLDER.glob(f"{name}.*so"), None)
+    if path is None:
+        return Extension(False, f"not built: {_why_not_built(name)}")
+    try:
+        torch.ops.load_library(path)
+    except (OSError, RuntimeError) as error:
+        return Extension(False, f"{path.name} does not load: {str(error).splitlines()[0]}")
+    return Extension(True, path.name)
+
+
+def _why_not_built(name: str) -> str:
+    report = _FOLDER / "_build.json"
+    if not report.is_file():
+        return "no build was tried (pip install --no-build-isolation, without DPPO_KERNELS_SKIP_EXT)"
+    reason = json.loads(report.read_text()).get(name, "unknown to the build")
+    return "its file is gone since" if reason == "built" else reason
+
+
+CPU = _load("_C")
+CUDA = _load("_C_cuda")
