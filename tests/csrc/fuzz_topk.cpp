@@ -46,9 +46,10 @@ int main(int argc, char** argv) {
   for (int row = 0; row < rows; ++row) {
     const double u = double(random()) / 4294967296.0;
     const auto vocab = int64_t(std::exp(u * std::log(row % 10 ? 9000.0 : 60000.0)));
-    const int k = 1 + int(random() % uint64_t(std::min<int64_t>(vocab, dppo::MAX_K)));
+    const auto max_k = int(std::min<int64_t>(vocab, dppo::MAX_K));  // with the largest K, blocks are taken whole
+    const int k = row % 3 ? 1 + int(random() % uint64_t(max_k)) : max_k;
     const auto sampled = int64_t(random() % uint64_t(vocab));
-    const auto dtype = dppo::Dtype(row % 3);
+    const auto dtype = dppo::Dtype(row / 7 % 3);
     const float temperature = row % 2 ? 1.0f : 0.25f + float(random() % 100) / 50.0f;
     std::vector<float> values(vocab);
     for (float& x : values) x = float(int(random() % 257) - 128) / 8.0f;
