@@ -85,7 +85,7 @@ def verify(case: Case, x: Any, shape: Shape, mode: str) -> tuple[dict[str, Error
     """(errors by provider, why the others are missing), of what is timed, on a few rows."""
     head, wide = (leaves(case.rows(x, VERIFIED_ROWS), dtype) for dtype in (None, torch.float64))
     exact = values_and_gradients(case.exact, wide, mode)
-    dtype, device = (getattr(trained(head)[0], name) for name in ("dtype", "device"))
+    dtype, device = next((tensor.dtype, tensor.device) for tensor in head if tensor is not None and tensor.is_floating_point())
     errors: dict[str, Errors] = {}
     missing: dict[str, str] = {}
     for provider, function in case.PROVIDERS.items():

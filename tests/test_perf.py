@@ -11,23 +11,28 @@ from benchmarks.shapes import CPU_SHAPES, Shape
 pytest.importorskip("trl", reason="compares with TRL's kernels")
 
 POLICY_SHAPE = Shape(1024, 512, 32000)
+STEP = Shape(256, 1, 151936)  # logits of one step of a rollout
+FLOAT, BFLOAT = torch.float32, torch.bfloat16
 
 # Peer time / our time that must be reached, by peer.
 GATES = {
-    ("linear_logprobs", CPU_SHAPES["C1"], "forward"): {"trl": 1.2},
-    ("linear_logprobs", CPU_SHAPES["C1"], "forward+backward"): {"trl": 1.2},
-    ("linear_logprobs", CPU_SHAPES["C2"], "forward+backward"): {"trl": 1.1},
-    ("linear_logprobs", CPU_SHAPES["C3"], "forward+backward"): {"trl": 1.5},
+    ("linear_logprobs", CPU_SHAPES["C1"], "forward", FLOAT): {"trl": 1.2},
+    ("linear_logprobs", CPU_SHAPES["C1"], "forward+backward", FLOAT): {"trl": 1.2},
+    ("linear_logprobs", CPU_SHAPES["C2"], "forward+backward", FLOAT): {"trl": 1.1},
+    ("linear_logprobs", CPU_SHAPES["C3"], "forward+backward", FLOAT): {"trl": 1.5},
     # Aims: 4.5 and 1.15 with all rows active, 6 and 2.2 with half of them.
-    ("linear_policy_loss", POLICY_SHAPE, "forward+backward"): {"trl": 3.5, "naive": 1.05},
-    ("linear_policy_loss_half", POLICY_SHAPE, "forward+backward"): {"trl": 5.0, "naive": 1.8},
+    ("linear_policy_loss", POLICY_SHAPE, "forward+backward", FLOAT): {"trl": 3.5, "naive": 1.05},
+    ("linear_policy_loss_half", POLICY_SHAPE, "forward+backward", FLOAT): {"trl": 5.0, "naive": 1.8},
+    ("topk_logprobs", STEP, "forward", FLOAT): {"naive": 5.0},
+    ("topk_logprobs", STEP, "forward", BFLOAT): {"naive": 7.0},
+    ("topk_logprobs_ascending", STEP, "forward", FLOAT): {"naive": 1.0},
 }
 
 
-def best_ratios(name: str, shape: Shape, mode: str, gates: dict[str, float]) -> dict[str, float]:
+def best_ratios(name: str, shape: Shape, mode: str, dtype: torch.dtype, gates: dict[str, float]) -> dict[str, float]:
     """The best of up to three tries by peer; peers that have passed are not tried again."""
     case, device = load(name), torch.device("cpu")
-    x = case.inputs(shape, torch.float32, device)
+    x = case.inputs(shape, dtype, device)
     best = dict.fromkeys(gates, 0.0)
     for _ in range(3):
         behind = [peer for peer in gates if best[peer] < gates[peer]]
@@ -39,10 +44,10 @@ def best_ratios(name: str, shape: Shape, mode: str, gates: dict[str, float]) -> 
 
 
 @pytest.mark.perf
-@pytest.mark.parametrize(("name", "shape", "mode"), GATES)
-def test_our_lead_on_cpu(name: str, shape: Shape, mode: str) -> None:
-    gates = GATES[name, shape, mode]
-    best = best_ratios(name, shape, mode, gates)
+@pytest.mark.parametrize(("name", "shape", "mode", "dtype"), GATES, ids=str)
+def test_our_lead_on_cpu(name: str, shape: Shape, mode: str, dtype: torch.dtype) -> None:
+    gates = GATES[name, shape, mode, dtype]
+    best = best_ratios(name, shape, mode, dtype, gates)
     lead = ", ".join(f"{peer} takes {best[peer]:.2f}x our time (gate {gates[peer]})" for peer in gates)
-    print(f"{name} {tuple(shape)} {mode}: {lead}")
+    print(f"{name} {tuple(shape)} {mode} {dtype}: {lead}")
     assert all(best[peer] >= gates[peer] for peer in gates), best

@@ -10,7 +10,10 @@ from torch import Tensor
 from benchmarks.shapes import Shape
 
 POLICY_LOSSES = tuple(f"linear_policy_loss{variant}" for variant in ("", "_half", "_frozen", "_topk"))
-NAMES = ("linear_logprobs", "topk_gather", "token_logprobs", *POLICY_LOSSES)
+TOPK = ("topk_logprobs", "topk_logprobs_ascending")
+NAMES = ("linear_logprobs", "topk_gather", "token_logprobs", *TOPK, *POLICY_LOSSES)
+# Modules that hold more than one case.
+_VARIANTS = dict.fromkeys(POLICY_LOSSES, "linear_policy_loss") | dict.fromkeys(TOPK, "topk_logprobs")
 OURS = "dppo_kernels"
 FULL_LOGITS_LIMIT = {"cuda": 60 << 30, "cpu": 8 << 30}  # bytes; providers that need more are left out, by name
 
@@ -43,6 +46,5 @@ class Case(Protocol):
 
 
 def load(name: str) -> Case:
-    if name in POLICY_LOSSES:
-        return importlib.import_module("benchmarks.cases.linear_policy_loss").VARIANTS[name]
-    return importlib.import_module(f"benchmarks.cases.{name}")  # type: ignore[return-value]
+    module = importlib.import_module(f"benchmarks.cases.{_VARIANTS.get(name, name)}")
+    return module.VARIANTS[name] if name in _VARIANTS else module  # type: ignore[return-value]

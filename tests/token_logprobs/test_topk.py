@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dppo_kernels import _ext, topk_logprobs
 from dppo_kernels.token_logprobs import topk, torch_impl
+from tests.memory import linux_only, peak_mb
 from tests.numerics import assert_as_exact_as_torch, bit_equal, max_error
 from tests.strategies import ScoringCase, scoring_cases
 
@@ -275,3 +276,20 @@ def test_compiled_equals_eager(backend: str) -> None:
     eager = topk_logprobs(logits * 2, ids, 4, temperature=0.7, backend=backend)
     for a, b in zip(compiled(logits), eager, strict=True):
         assert torch.equal(a, b)
+
+
+@linux_only
+@pytest.mark.skipif(not _ext.CPU.loaded, reason=f"C++ extension: {_ext.CPU.reason}")
+def test_extra_memory_is_a_few_pages() -> None:
+    """The log-softmax of these logits takes 156 MB."""
+    setup = """
+import torch
+from dppo_kernels import topk_logprobs
+torch.set_num_threads(2)
+logits, ids = torch.randn(256, 151936), torch.arange(256)
+topk_logprobs(logits[:8], ids[:8], 20, backend="cpp")
+kept = 0
+"""
+    used = peak_mb(setup, 'top = topk_logprobs(logits, ids, 20, backend="cpp")')
+    print(f"\n{used:.2f} MB above the logits")
+    assert used < 4 * 2**20 / 1e6
