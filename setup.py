@@ -20,7 +20,7 @@ from setuptools.command.build_ext import build_ext
 
 # What the sources use of torch's stable ABI: one build serves this version and later ones.
 STABLE_ABI = ("TORCH_TARGET_VERSION", "0x020b000000000000")
-CPU_FLAGS = ["-std=c++20", "-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
+CPU_FLAGS = ["-std=c++20", "-O3", "-g0", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
 ARCHITECTURES = (80, 90, 100)
 NOT_BUILT = "torch was not found when this was installed: install torch, then this with --no-build-isolation"
 

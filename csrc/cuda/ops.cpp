@@ -1,0 +1,72 @@
+// Ops of the CUDA extension on torch's stable ABI. Python allocates, checks, and says on which stream.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <optional>
+
+#include "cuda/topk_logprobs.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace {
+
+dppo::LogitsType type_of(const Tensor& logits) {
+  switch (logits.scalar_type()) {
+    case ScalarType::Float:
+      return dppo::kFloat32;
+    case ScalarType::BFloat16:
+      return dppo::kBFloat16;
+    case ScalarType::Half:
+      return dppo::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, "logits must be float32, bfloat16 or float16");
+  }
+}
+
+void topk_logprobs(
+    const Tensor& logits,       // [N, V], elements of a row side by side
+    const Tensor& sampled_ids,  // [N] int64
+    const std::optional<Tensor>& row_temperature,  // [N] float32
+    double temperature,
+    Tensor ids,               // out [N, K+1] int64
+    Tensor logprobs,          // out [N, K+1] float32
+    Tensor sampled_logprobs,  // out [N] float32
+    Tensor lse,               // out [N] float32
+    Tensor partial_values,    // workspace [N, splits, K] float32
+    Tensor partial_ids,       // workspace [N, splits, K] int32
+    Tensor partial_stats,     // workspace [N, splits, 2] float32
+    int64_t stream) {         // cudaStream_t
+  const int64_t n = logits.size(0), vocab = logits.size(1);
+  if (n == 0) return;
+  STD_TORCH_CHECK(vocab == 1 || logits.stride(1) == 1, "elements of a row of logits must lie side by side");
+  for (const Tensor* tensor : std::initializer_list<const Tensor*>{
+           &sampled_ids, &ids, &logprobs, &sampled_logprobs, &lse, &partial_values, &partial_ids,
+           &partial_stats}) {
+    STD_TORCH_CHECK(tensor->is_contiguous(), "outputs, ids and workspace must be contiguous");
+  }
+  const char* error = dppo::topk_logprobs_launch(
+      logits.const_data_ptr(), sampled_ids.const_data_ptr<int64_t>(),
+      row_temperature.has_value() ? row_temperature->const_data_ptr<float>() : nullptr,
+      partial_values.mutable_data_ptr<float>(), partial_ids.mutable_data_ptr<int32_t>(),
+      partial_stats.mutable_data_ptr<float>(), ids.mutable_data_ptr<int64_t>(), logprobs.mutable_data_ptr<float>(),
+      sampled_logprobs.mutable_data_ptr<float>(), lse.mutable_data_ptr<float>(), type_of(logits), n, vocab,
+      int(ids.size(1) - 1), int(partial_ids.size(1)), float(temperature), logits.stride(0),
+      reinterpret_cast<cudaStream_t>(stream));
+  STD_TORCH_CHECK(error == nullptr, "topk_logprobs: ", error ? error : "");
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dppo_kernels_C_cuda, m) {
+  m.def(
+      "topk_logprobs(Tensor logits, Tensor sampled_ids, Tensor? row_temperature, float temperature, "
+      "Tensor(a!) ids, Tensor(b!) logprobs, Tensor(c!) sampled_logprobs, Tensor(d!) lse, "
+      "Tensor(e!) partial_values, Tensor(f!) partial_ids, Tensor(g!) partial_stats, int stream) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dppo_kernels_C_cuda, CUDA, m) {
+  m.impl("topk_logprobs", TORCH_BOX(&topk_logprobs));
+}

@@ -293,3 +293,48 @@ kept = 0
     used = peak_mb(setup, 'top = topk_logprobs(logits, ids, 20, backend="cpp")')
     print(f"\n{used:.2f} MB above the logits")
     assert used < 4 * 2**20 / 1e6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 7, 500])
+def test_cuda_against_a_stable_sort(dtype: torch.dtype, rows: int) -> None:
+    """Every kind of row, whole and split over several blocks, against the reference on the CPU."""
+    assert _ext.CUDA.loaded, _ext.CUDA.reason
+    g = torch.Generator().manual_seed(2)
+    for case, kind in enumerate(KINDS):
+        for vocab in (1, 130, 5001, 151936):
+            k = min(vocab, (20, 1, 128)[case % 3])
+            logits, sampled = fuzz_rows(kind, rows, vocab, dtype, g), torch.randint(vocab, (rows,), generator=g)
+            temperature: float | Tensor = (1.0, 0.7, torch.rand(rows, generator=g) + 0.5)[case % 3]
+            on_device = temperature.cuda() if isinstance(temperature, Tensor) else temperature
+            out = topk_logprobs(logits.cuda(), sampled.cuda(), k, temperature=on_device, backend="cuda", check_values=True)
+            expected = topk_logprobs(logits, sampled, k, temperature=temperature, backend="reference")
+            assert torch.equal(out.ids.cpu(), expected.ids), f"{kind}, V {vocab}, K {k}"
+            if kind != "huge":
+                torch.testing.assert_close(out.logprobs.cpu(), expected.logprobs, rtol=0, atol=1e-5)
+                torch.testing.assert_close(out.lse.cpu(), expected.lse, rtol=0, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_cuda_refuses_nan_runs_on_the_current_stream_and_repeats_its_bits() -> None:
+    logits, sampled = torch.randn(64, 151936, device="cuda"), torch.randint(151936, (64,), device="cuda")
+    first = topk_logprobs(logits, sampled, 20, backend="cuda")
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        side.wait_stream(torch.cuda.default_stream())
+        again = topk_logprobs(logits * 1, sampled, 20, backend="cuda")
+    side.synchronize()
+    assert all(bit_equal(a, b) for a, b in zip(first, again, strict=True))
+    logits[3, 70_000] = torch.nan
+    with pytest.raises(ValueError, match="row 3 has nan"):
+        topk_logprobs(logits, sampled, 20, backend="cuda", check_values=True)
+
+
+@pytest.mark.gpu
+def test_cuda_offsets_beyond_32_bits() -> None:
+    logits = torch.zeros(15_000, 151_936, dtype=torch.bfloat16, device="cuda")
+    logits[-1, 151_000:151_003] = torch.tensor([3.0, 2.0, 1.0], device="cuda")
+    out = topk_logprobs(logits, torch.full((15_000,), 5, device="cuda"), 3, backend="cuda")
+    assert out.ids[-1].tolist() == [151_000, 151_001, 151_002, 5]
+    assert out.ids[0].tolist() == [0, 1, 2, 5]
