@@ -1,19 +1,22 @@
 # `make demo` and `make test` need nothing but python3 (3.11 or 3.12): each sets up .venv on first use.
 #   PYTHON=...       which interpreter to build .venv from
+#   JOBS=...         how many processes `make test` runs (default 2: Triton's interpreter keeps one core each)
 #   TORCH_SPEC=...   which torch to install (default: keep the one PYTHON has, else torch==2.13.0)
 
 PYTHON ?= python3
+JOBS ?= 2
 BIN := .venv/bin
 # Spinning OpenMP workers starve the rest of a small machine.
 export OMP_WAIT_POLICY ?= PASSIVE
+CSRC := $(shell find csrc -name '*.[ch]*')
 
-.PHONY: demo test long perf lint types compile wheel clean
+.PHONY: demo test ext long perf lint types compile wheel clean
 
 demo: .venv/ready
 	$(BIN)/dppo demo
 
-test: .venv/ready
-	$(BIN)/python -m pytest -m "not long and not perf"
+test: .venv/ready ext
+	$(BIN)/python -m pytest -m "not long and not perf" --numprocesses $(JOBS) --dist worksteal
 
 # Learning on several seeds with its controls; writes docs/results/.
 long: .venv/ready
@@ -44,7 +47,14 @@ wheel: .venv/ready
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:
-	rm -rf .venv build dist outputs *.egg-info
+	rm -rf .venv build dist outputs *.egg-info dppo_kernels/*.so dppo_kernels/_build.json
+
+# Installing builds the extensions; this builds them again where their sources have changed since.
+ext: .venv/extensions
+
+.venv/extensions: $(CSRC) | .venv/ready
+	$(BIN)/python setup.py -q build_ext --inplace
+	touch $@
 
 .venv/ready: pyproject.toml setup.py .ci/venv
 	PYTHON="$(PYTHON)" TORCH_SPEC="$(TORCH_SPEC)" bash .ci/venv

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dppo_kernels import _backend
+from dppo_kernels import _backend, _ext
 from dppo_kernels.trainers import cli
 
 
@@ -18,6 +18,8 @@ def test_doctor_reports_versions_devices_and_reasons(capsys) -> None:
         line = next(line for line in report.splitlines() if line.split()[:1] == [name] and reason in line)
         assert ("yes" in line) == available
     assert "linear_logprobs runs on 'torch'" in report
+    assert _ext.CPU.reason in report  # what was built, and why not
+    assert _ext.CUDA.reason in report
     assert "available (tested with trl" in report
 
 

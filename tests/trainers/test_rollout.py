@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from dppo_kernels import _ext
+from dppo_kernels.token_logprobs import topk, topk_native
 from dppo_kernels.trainers.rollout import (
     CapturedLogprob,
     RolloutStore,
@@ -53,6 +55,22 @@ def test_recorded_columns_equal_recomputed_ones(make_trainer, temperature: float
     )  # fmt: skip
     trainer.train()
     check_recorded_columns(trainer, trainer.recorded[0], 3)
+
+
+@pytest.mark.skipif(not _ext.CPU.loaded, reason=f"C++ extension: {_ext.CPU.reason}")
+def test_every_step_goes_through_the_extension(make_trainer, monkeypatch) -> None:
+    calls = []
+
+    def counted(logits: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        calls.append(logits.shape)
+        return topk_native.topk_logprobs_cpp(logits, *arguments, **options)
+
+    monkeypatch.setattr(topk, "topk_logprobs_cpp", counted)
+    trainer = make_trainer(Recording, divergence_type="topk_tv", divergence_topk=3, max_steps=1)
+    trainer.train()
+    inputs = trainer.recorded[0]["inputs"]
+    assert len(calls) == inputs["completion_ids"].shape[1]
+    assert set(calls) == {(8, trainer.model.config.vocab_size)}
 
 
 def test_generate_is_restored_and_memory_is_columns_only(make_trainer, model) -> None:
