@@ -117,10 +117,11 @@ struct Scale {
   float log2e;  // over the temperature
   bool divides;
 
-  __device__ __forceinline__ Scale(const float* row_temperature, int64_t row, float scalar)
-      : temperature(row_temperature ? row_temperature[row] : scalar),
-        log2e(__fdiv_rn(kLog2E, temperature)),
-        divides(temperature != 1.0f) {}
+  __device__ __forceinline__ Scale(const float* row_temperature, int64_t row, float scalar) {
+    temperature = row_temperature ? row_temperature[row] : scalar;
+    log2e = __fdiv_rn(kLog2E, temperature);
+    divides = temperature != 1.0f;
+  }
 
   __device__ __forceinline__ float operator()(float logit) const { return divides ? __fdiv_rn(logit, temperature) : logit; }
 

@@ -1,8 +1,8 @@
 // Runs CUDA kernels as C++20 on a CPU, one block at a time: for results, barriers and bounds, not for speed.
 //
 // Each thread of a block is a fiber that runs until it must wait for others: at a barrier of its block or a collective of its
-// warp (all 32 lanes must come, as kernels here always do). Which waiting fiber goes next is drawn from a seed, so that a missing
-// barrier shows as a result that depends on it. Shared memory holds noise when a block starts. Writes and reads of
+// warp (all 32 lanes must come, as kernels here always do). Which fiber goes next, and which warps stay behind, is drawn from a
+// seed, so that a missing barrier shows as a result that depends on it. Shared memory holds noise when a block starts. Access to
 // memory that is not mapped, and barriers that some threads never reach, end the launch with an error text.
 #pragma once
 
@@ -15,6 +15,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include <ucontext.h>
@@ -118,10 +119,13 @@ inline void run_block() {
   std::vector<unsigned> order(threads);
   std::iota(order.begin(), order.end(), 0u);
   unsigned left = threads;
+  uint32_t lagging = 0;  // warps that rest for a while: between barriers the others run ahead of them
   while (left > 0) {
     std::shuffle(order.begin(), order.end(), randomness);
+    if (randomness() % 8 == 0) lagging = randomness() & randomness();
     bool moved = false;
     for (const unsigned thread : order) {
+      if (lagging >> thread / 32 & 1) continue;
       current = thread;
       Fiber& fiber = fibers[current];
       if (fiber.done || (fiber.waits_for && fiber.waits_for->generation == fiber.generation)) continue;
@@ -131,7 +135,7 @@ inline void run_block() {
       run_current();
       left -= fibers[current].done;
     }
-    if (!moved) {
+    if (!moved && !std::exchange(lagging, 0)) {
       error = "emulator: threads wait at a barrier that others never reach";
       return;
     }

@@ -79,16 +79,17 @@ class KernelCase:
             values = {
                 "normal": noise * 4,
                 "wide": noise * 40,
-                "ties": torch.randint(-3, 3, shape, generator=g) / 2.0,  # with zeros of both signs
+                "ties": torch.randint(-3, 3, shape, generator=g) / noise.sign().mul(2.0),  # with zeros of both signs
                 "constant": torch.full(shape, 0.3),
                 "peak": torch.where(ramp == ramp[:, self.seed % self.vocab :][:, :1], 16.0, 15.0),
                 "ascending": ramp,
                 "descending": -ramp,
                 "stairs": (ramp / 2).floor(),  # steps of 128 equal logits
+                # One per vector is tied, so that no vector may be left out; fewer than K are above.
+                "one_tie": torch.where(noise > 3, 3.0, torch.where(ramp * 64 % 8 == 5, 2.0, noise.clamp(max=1.0))),
                 "holes": torch.where(noise > 1, -torch.inf, noise * 8),
                 "lowest": torch.where(noise > 1.5, noise, torch.finfo(self.dtype).min),
             }[self.kind]
-            values[torch.rand(shape, generator=g) < 0.5] *= 1.0 if self.kind != "ties" else -1.0
         if self.kind in ("holes", "lowest"):
             values[:, 0] = 0.0  # the lowest number over a temperature below 1 is -inf, and all cannot be
         return values.to(self.dtype)
@@ -129,7 +130,7 @@ def kernel_cases(**fixed: object) -> st.SearchStrategy[KernelCase]:
 
 
 KINDS = (
-    *("normal", "wide", "ties", "constant", "peak", "ascending", "descending", "stairs", "holes", "lowest"),
+    *("normal", "wide", "ties", "constant", "peak", "ascending", "descending", "stairs", "one_tie", "holes", "lowest"),
     *("one_finite", "few_finite"),
 )
 CASE = KernelCase("normal", torch.bfloat16, 2, 9001, 20, 2, 1.0, 1, True, "any", 0)
