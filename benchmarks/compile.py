@@ -2,6 +2,7 @@
 
 Prints registers, spills, shared memory, and whether the code uses wgmma (or tcgen05) and TMA. Exits with 1 if a kernel
 spills on sm_90 without a reason in `REASONS`, needs more shared memory than the chip has, or is a GEMM without wgmma on sm_90.
+CUDA C++ kernels follow (`compile_csrc.py`).
 """
 
 import itertools
@@ -15,6 +16,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.compile_csrc import run_compile_csrc
 
 ARCHITECTURES = ("80", "90", "100", "gfx942")
 SHARED_LIMIT = {"80": 163 << 10, "90": 227 << 10, "100": 227 << 10, "gfx942": 64 << 10}
@@ -448,6 +451,7 @@ def run_compile(architectures: list[str]) -> int:
             note = "; ".join(wrong) or REASONS.get((name, architecture), "")
             table.add_row(name, case.label, *(str(value) for value in values), note)
         console.print(table)
+    failures += run_compile_csrc(architectures, console)
     for failure in failures:
-        console.print(f"[red]{failure}[/red]")
+        console.print(failure, style="red", markup=False)
     return 1 if failures else 0

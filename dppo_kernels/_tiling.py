@@ -138,6 +138,20 @@ def pick_row_plan(capability: tuple[int, int] | None) -> RowPlan:
     return RowPlan(64, 4) if capability is None else RowPlan(4096, 8)
 
 
+# Of the CUDA top-K: CTAs that live on an SM at one time, how many times over a device is filled, and the shortest segment of a
+# row (2 or 4 tiles: its first tile sorts out candidates and costs several others). Not measured yet.
+TOPK_CTAS_PER_SM = 5
+TOPK_WAVES = 4
+TOPK_MIN_SEGMENT = 8192
+TOPK_MAX_SPLITS = 32
+
+
+def pick_topk_splits(n: int, vocab: int, sm_count: int) -> int:
+    """CTAs that share a row: 1 where rows alone fill the device several times over, more for the few rows of a decode step."""
+    wanted = -(-TOPK_WAVES * TOPK_CTAS_PER_SM * sm_count // max(n, 1))
+    return max(1, min(wanted, TOPK_MAX_SPLITS, vocab // TOPK_MIN_SEGMENT))
+
+
 def pick_row_chunk(vocab: int) -> int:
     """Rows of given logits to upcast at one time, in whole rows."""
     return max(1, TILE_ELEMENTS // max(vocab, 1))

@@ -1,0 +1,587 @@
+// Top-K log-probs with the sampled token injected, in one read of the logits.
+//
+//   z = logits / temperature        lse = log sum exp z        logprob = z - lse
+//   columns 0..K-1: by (z descending, id ascending); fewer than K above -inf: then the lowest of the other ids, log-prob -inf
+//   column K: the sampled id and its log-prob; where it is among the first K: -1 and 0
+//
+// topk_partial_kernel: grid (N, S); a CTA reads one of S segments of a row and leaves in the workspace (maximum logit,
+// sum of exp(z - its z)) [N, S, 2], and its sorted top-K: z [N, S, K], ids [N, S, K], -1 = none.
+// topk_merge_kernel: grid N; merges S lists and sums, reads the sampled logit, writes all outputs.
+// Atomics only choose where in a buffer a candidate lies; its rank follows from (z, id), so results are deterministic.
+
+#include "topk_logprobs.h"
+
+#include <cmath>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#ifdef __CUDACC__
+#define DPPO_LAUNCH(kernel, grid, block, stream, ...) kernel<<<grid, block, 0, stream>>>(__VA_ARGS__)
+#define DPPO_SHARED(type, name) __shared__ type name
+#else  // tests/cuda_emulator
+#define DPPO_LAUNCH(kernel, grid, block, stream, ...) emulator::launch(grid, block, stream, [=] { kernel(__VA_ARGS__); })
+#define DPPO_SHARED(type, name) \
+  static type name;             \
+  emulator::fill_with_noise(&name, sizeof name)
+#endif
+
+namespace dppo {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kBlocksPerSm = 5;
+constexpr int kMaxK = kTopkMaxK;
+constexpr int kMaxSplits = kTopkMaxSplits;
+constexpr int kVectors = 2;  // 16-byte vectors a lane reads at a time: 5 CTAs have 40 KB in flight, more than 6 with one each
+constexpr int kSlack = 96;  // candidates beyond K that wait for a flush: it costs their number squared
+constexpr int kCrowd = 64;  // lanes that may all append without the sieve, for small K too
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr float kLog2E = 1.4426950408889634f;
+
+using Key = unsigned long long;  // (z, id) as one number: larger is better, 0 is none
+
+__device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
+
+// Order-preserving map of floats onto unsigned numbers; -0 must have been made +0.
+__device__ __forceinline__ unsigned ordered(float z) {
+  const unsigned bits = __float_as_uint(z);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+__device__ __forceinline__ float unordered(unsigned rank) {
+  return __uint_as_float(rank & 0x80000000u ? rank & 0x7fffffffu : ~rank);
+}
+
+__device__ __forceinline__ Key make_key(unsigned rank, int id) { return static_cast<Key>(rank) << 32 | static_cast<unsigned>(~id); }
+__device__ __forceinline__ unsigned key_rank(Key key) { return static_cast<unsigned>(key >> 32); }
+__device__ __forceinline__ float key_z(Key key) { return unordered(key_rank(key)); }
+__device__ __forceinline__ int key_id(Key key) { return ~static_cast<int>(static_cast<unsigned>(key)); }
+
+// Terms below the smallest normal number add nothing to a sum of at least 1: flushing them saves two instructions.
+__device__ __forceinline__ float exp2_flushed(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return exp2f(x);
+#endif
+}
+
+struct Float32 {
+  using Bits = uint32_t;
+  static constexpr int kElements = 4;  // of a 16-byte vector
+  static constexpr uint32_t kNegativeInfinity = 0xff800000u;
+  static __device__ __forceinline__ float element(const uint32_t (&words)[4], int e) { return __uint_as_float(words[e]); }
+  static __device__ __forceinline__ float largest(const uint32_t (&words)[4]) {
+    return fmaxf(fmaxf(element(words, 0), element(words, 1)), fmaxf(element(words, 2), element(words, 3)));
+  }
+};
+
+struct BFloat16 {
+  using Bits = uint16_t;
+  static constexpr int kElements = 8;
+  static constexpr uint32_t kNegativeInfinity = 0xff80u;
+  static __device__ __forceinline__ float element(const uint32_t (&words)[4], int e) {
+    return __uint_as_float(e % 2 ? words[e / 2] & 0xffff0000u : words[e / 2] << 16);
+  }
+  static __device__ __forceinline__ __nv_bfloat162 pair(const uint32_t& word) {
+    return reinterpret_cast<const __nv_bfloat162&>(word);
+  }
+  static __device__ __forceinline__ float largest(const uint32_t (&words)[4]) {
+    const __nv_bfloat162 best =
+        __hmax2(__hmax2(pair(words[0]), pair(words[1])), __hmax2(pair(words[2]), pair(words[3])));
+    return fmaxf(__low2float(best), __high2float(best));
+  }
+};
+
+struct Float16 {
+  using Bits = uint16_t;
+  static constexpr int kElements = 8;
+  static constexpr uint32_t kNegativeInfinity = 0xfc00u;
+  static __device__ __forceinline__ __half2 pair(const uint32_t& word) { return reinterpret_cast<const __half2&>(word); }
+  static __device__ __forceinline__ float element(const uint32_t (&words)[4], int e) {
+    return e % 2 ? __high2float(pair(words[e / 2])) : __low2float(pair(words[e / 2]));
+  }
+  static __device__ __forceinline__ float largest(const uint32_t (&words)[4]) {
+    const __half2 best = __hmax2(__hmax2(pair(words[0]), pair(words[1])), __hmax2(pair(words[2]), pair(words[3])));
+    return fmaxf(__low2float(best), __high2float(best));
+  }
+};
+
+// Temperature of a row; division is rounded as IEEE says, for ties are part of the contract.
+struct Scale {
+  float temperature;
+  float log2e;  // over the temperature
+  bool divides;
+
+  __device__ __forceinline__ Scale(const float* row_temperature, int64_t row, float scalar) {
+    temperature = row_temperature ? row_temperature[row] : scalar;
+    log2e = __fdiv_rn(kLog2E, temperature);
+    divides = temperature != 1.0f;
+  }
+
+  __device__ __forceinline__ float operator()(float logit) const { return divides ? __fdiv_rn(logit, temperature) : logit; }
+
+  // z as an unsigned number. NaN, whose row is lost, becomes -inf: it could be in any number of lists. + 0 makes 0 of -0.
+  __device__ __forceinline__ unsigned rank(float logit) const { return ordered(fmaxf((*this)(logit), -infinity()) + 0.0f); }
+};
+
+// Drops the first element of a vector, and makes `bits` its last.
+template <typename Logits>
+__device__ __forceinline__ void shift_in(uint32_t (&words)[4], uint32_t bits) {
+  constexpr int kBits = 8 * sizeof(typename Logits::Bits);
+#pragma unroll
+  for (int w = 0; w < 3; ++w) words[w] = __funnelshift_rc(words[w], words[w + 1], kBits);
+  words[3] = __funnelshift_rc(words[3], bits, kBits);
+}
+
+// A row of logits in positions: position p is id p - head, and positions that are multiples of a vector are aligned in memory.
+template <typename Logits>
+struct Row {
+  const typename Logits::Bits* start;
+  unsigned head;  // position of the first id
+
+  __device__ __forceinline__ explicit Row(const typename Logits::Bits* start)
+      : start(start),
+        head(static_cast<unsigned>(reinterpret_cast<uintptr_t>(start) % 16 / sizeof(typename Logits::Bits))) {}
+
+  // The vector at `position`; what lies before the row, or at and behind `stop`, is -inf and not read.
+  __device__ __forceinline__ void load(uint32_t (&words)[4], unsigned position, unsigned stop) const {
+    const typename Logits::Bits* source = start + (static_cast<int64_t>(position) - static_cast<int64_t>(head));
+    if (position >= head && position + Logits::kElements <= stop) {
+      const uint4 vector = __ldcs(reinterpret_cast<const uint4*>(source));
+      words[0] = vector.x, words[1] = vector.y, words[2] = vector.z, words[3] = vector.w;
+      return;
+    }
+#pragma unroll
+    for (int w = 0; w < 4; ++w) words[w] = Logits::kNegativeInfinity * (Logits::kElements == 8 ? 0x10001u : 1u);
+    if (position >= stop) return;
+#pragma unroll 1  // rare, and registers are dear
+    for (int e = 0; e < Logits::kElements; ++e) {
+      const bool inside = position + e >= head && position + e < stop;
+      shift_in<Logits>(words, inside ? source[e] : Logits::kNegativeInfinity);
+    }
+  }
+};
+
+template <int kCapacity>
+struct Candidates {
+  Key keys[kCapacity];
+  Key best[kMaxK];
+  int held;
+  int tied[kVectors * kWarps];
+  float warp_max[kWarps], warp_sum[kWarps];
+};
+
+// Puts the best K of the held candidates into `best`, in order, and holds no others. Returns the new threshold.
+// Needs a barrier before it; the next access of another kind than reading `best` needs one too.
+template <int kCapacity>
+__device__ __forceinline__ unsigned flush(Candidates<kCapacity>& shared, int k) {
+  const int n = shared.held, thread = threadIdx.x;
+  for (int i = thread; i < n; i += kThreads) {
+    const Key key = shared.keys[i];
+    int rank = 0;
+#pragma unroll 4
+    for (int j = 0; j < n; ++j) rank += shared.keys[j] > key;
+    if (rank < k) shared.best[rank] = key;
+  }
+  __syncthreads();
+  const int kept = min(n, k);
+  if (thread < kept) shared.keys[thread] = shared.best[thread];
+  if (thread == 0) shared.held = kept;
+  return n < k ? ordered(-infinity()) : key_rank(shared.best[k - 1]);
+}
+
+// Too many lanes offer: finds a floor that K lanes reach, by bisection over their maxima. What is below it is beaten by those.
+//
+// If the floor is a value that too many lanes tie on, then `above` < K lanes exceed it, and only the first K - above tied
+// vectors take part, in the order of their ids (the rank of the others becomes 0): an element of a later one is beaten by
+// those lanes and by those vectors' maxima, which are equal to it and have lower ids.
+template <int kCapacity>
+__device__ __forceinline__ unsigned sieve(Candidates<kCapacity>& shared, unsigned (&ranks)[kVectors], unsigned threshold, int k) {
+  const int warp = threadIdx.x / 32, limit = max(k, kCrowd);
+  unsigned mine = ranks[0];
+#pragma unroll
+  for (int v = 1; v < kVectors; ++v) mine = max(mine, ranks[v]);
+  unsigned low = threshold, high = ordered(infinity()) + 1;  // more than `limit` are at least low + 1, `above` at least high
+  int above = 0;
+  while (high - low > 1) {
+    const unsigned middle = low + (high - low) / 2;
+    const int count = __syncthreads_count(mine >= middle);
+    if (count > limit) {
+      low = middle;
+    } else if (count < k) {
+      high = middle, above = count;
+    } else {
+      return middle;
+    }
+  }
+  int place[kVectors];
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const unsigned votes = __ballot_sync(kAllLanes, ranks[v] == low);
+    place[v] = __popc(votes & ((1u << threadIdx.x % 32) - 1));
+    if (threadIdx.x % 32 == 0) shared.tied[v * kWarps + warp] = __popc(votes);
+  }
+  __syncthreads();
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    for (int i = 0; i < v * kWarps + warp; ++i) place[v] += shared.tied[i];
+    if (ranks[v] == low && place[v] >= k - above) ranks[v] = 0;
+  }
+  return low;
+}
+
+// (maximum, sum of exponentials relative to it) of two sets; -inf has no exponentials, and must not make NaN of -inf - -inf.
+__device__ __forceinline__ void merge_sums(float& largest, float& sum, float other_largest, float other_sum, float log2e) {
+  const float both = fmaxf(largest, other_largest);
+  const float base = both == -infinity() ? 0.0f : both;
+  sum = sum * exp2_flushed((largest - base) * log2e) + other_sum * exp2_flushed((other_largest - base) * log2e);
+  largest = both;
+}
+
+template <typename Logits>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) topk_partial_kernel(
+    const typename Logits::Bits* __restrict__ logits,  // [N, V]
+    const float* __restrict__ row_temperature,         // [N] or nullptr
+    float* __restrict__ partial_values,                // [N, S, K]
+    int32_t* __restrict__ partial_ids,                 // [N, S, K]
+    float* __restrict__ partial_stats,                 // [N, S, 2]
+    unsigned vocab,
+    int k,
+    float temperature,
+    int64_t stride_logits_n) {
+  constexpr int kElements = Logits::kElements;
+  constexpr unsigned kStep = kThreads * kElements, kTile = kVectors * kStep;
+  constexpr int kAppended = kVectors * kElements * kMaxK;  // at most, by a tile: that of max(K, kCrowd) lanes
+  DPPO_SHARED(Candidates<kMaxK + kSlack + kAppended>, shared);
+  static_assert(kCrowd <= kMaxK && kMaxK <= kThreads);
+
+  const int64_t row_index = blockIdx.x;
+  const unsigned split = blockIdx.y, splits = gridDim.y;
+  const Scale scale(row_temperature, row_index, temperature);
+  const Row<Logits> row(logits + row_index * stride_logits_n);
+  const unsigned tiles = (row.head + vocab + (kTile - 1)) / kTile;
+  const unsigned first = static_cast<unsigned>(static_cast<uint64_t>(tiles) * split / splits) * kTile;
+  const unsigned stop =
+      min(static_cast<unsigned>(static_cast<uint64_t>(tiles) * (split + 1) / splits) * kTile, row.head + vocab);
+
+  if (threadIdx.x == 0) shared.held = 0;  // the barrier of the first tile comes before any use
+  float largest = -infinity(), sum = 0.0f, lost = 0.0f;
+  unsigned threshold = ordered(-infinity());  // K candidates with lower ids than all to come are at least this
+  uint32_t next[kVectors][4];
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) row.load(next[v], first + v * kStep + threadIdx.x * kElements, stop);
+
+  for (unsigned tile = first; tile < stop; tile += kTile) {
+    const unsigned position = tile + threadIdx.x * kElements;
+    uint32_t words[kVectors][4];
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+      for (int w = 0; w < 4; ++w) words[v][w] = next[v][w];
+      row.load(next[v], position + kTile + v * kStep, stop);
+    }
+
+    // The maximum of z is the z of the maximum: only it and the candidates are divided.
+    unsigned ranks[kVectors], most = 0;
+    float seen = largest;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const float of_vector = Logits::largest(words[v]);
+      seen = fmaxf(seen, of_vector);
+      ranks[v] = scale.rank(of_vector);
+      most = max(most, ranks[v]);
+    }
+    const float base = seen == -infinity() ? 0.0f : seen;
+    float tile_sum = 0.0f;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) {
+        tile_sum += exp2_flushed((Logits::element(words[v], e) - base) * scale.log2e);
+      }
+    }
+    // Compensated: equal terms round the same way every time, and hundreds of them would show.
+    const float rescale = exp2_flushed((largest - base) * scale.log2e);
+    sum *= rescale;
+    const float term = tile_sum - lost * rescale, total = sum + term;
+    lost = (total - sum) - term;
+    sum = total;
+    largest = seen;
+
+    const int count = __syncthreads_count(most > threshold);
+    if (count == 0) continue;
+    unsigned least = threshold + 1;
+    if (count > max(k, kCrowd)) least = threshold = sieve(shared, ranks, threshold, k);
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      if (ranks[v] < least) continue;
+      int id = static_cast<int>(position + v * kStep - row.head);
+#pragma unroll 1  // a few lanes come here: registers are dearer
+      for (int e = 0; e < kElements; ++e, ++id) {
+        const unsigned rank = scale.rank(Logits::element(words[v], 0));
+        shift_in<Logits>(words[v], 0);
+        if (rank >= least) shared.keys[atomicAdd(&shared.held, 1)] = make_key(rank, id);
+      }
+    }
+    __syncthreads();
+    if (shared.held > k + kSlack) threshold = flush(shared, k);
+  }
+
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    const float other_largest = __shfl_xor_sync(kAllLanes, largest, distance);
+    const float other_sum = __shfl_xor_sync(kAllLanes, sum, distance);
+    merge_sums(largest, sum, other_largest, other_sum, scale.log2e);
+  }
+  if (threadIdx.x % 32 == 0) {
+    shared.warp_max[threadIdx.x / 32] = largest;
+    shared.warp_sum[threadIdx.x / 32] = sum;
+  }
+  __syncthreads();
+  flush(shared, k);  // its barrier is also that of warp_max and warp_sum
+  const int64_t partial = row_index * splits + split;
+  if (threadIdx.x == 0) {
+    for (int warp = 1; warp < kWarps; ++warp) merge_sums(largest, sum, shared.warp_max[warp], shared.warp_sum[warp], scale.log2e);
+    partial_stats[2 * partial] = largest;
+    partial_stats[2 * partial + 1] = sum;
+  }
+  __syncthreads();
+  const int place = threadIdx.x;
+  if (place < k) {
+    const bool exists = place < shared.held;
+    const Key key = shared.best[place];
+    partial_values[partial * k + place] = exists ? key_z(key) : -infinity();
+    partial_ids[partial * k + place] = exists ? key_id(key) : -1;
+  }
+}
+
+// How many candidates of S sorted lists can be above the floor of the merge, K and S at their largest (see there).
+constexpr int count_survivors() {
+  int count = 1;
+  for (int j = 1; j <= kMaxSplits; ++j) count += (kMaxK + j - 1) / j - 1;
+  return count;
+}
+constexpr int kMaxSurvivors = count_survivors();
+
+struct Merge {
+  Key probes[kMaxSplits * kMaxSplits];
+  Key floors[kMaxSplits];
+  Key survivors[kMaxSurvivors];
+  Key best[kMaxK];
+  int held, inside;
+  double lse;
+};
+
+template <typename Logits>
+__global__ void __launch_bounds__(kThreads) topk_merge_kernel(
+    const typename Logits::Bits* __restrict__ logits,  // [N, V]
+    const int64_t* __restrict__ sampled_ids,           // [N]
+    const float* __restrict__ row_temperature,         // [N] or nullptr
+    const float* __restrict__ partial_values,          // [N, S, K]
+    const int32_t* __restrict__ partial_ids,           // [N, S, K]
+    const float* __restrict__ partial_stats,           // [N, S, 2]
+    int64_t* __restrict__ ids,                         // [N, K+1]
+    float* __restrict__ logprobs,                      // [N, K+1]
+    float* __restrict__ sampled_logprobs,              // [N]
+    float* __restrict__ lse_out,                       // [N]
+    unsigned vocab,
+    int k,
+    int splits,
+    float temperature,
+    int64_t stride_logits_n) {
+  DPPO_SHARED(Merge, shared);
+
+  const int64_t row = blockIdx.x;
+  const int thread = threadIdx.x;
+  const Scale scale(row_temperature, row, temperature);
+  const auto key_at = [&](int list, int place) -> Key {
+    const int64_t at = (row * splits + list) * k + place;
+    const int id = partial_ids[at];
+    return id < 0 ? 0 : make_key(ordered(partial_values[at]), id);
+  };
+
+  if (thread == 0) shared.held = 0, shared.inside = 0;
+  if (thread < 32) {
+    const bool exists = thread < splits;
+    const float largest = exists ? partial_stats[2 * (row * splits + thread)] : -infinity();
+    float all = largest;
+    for (int distance = 16; distance > 0; distance /= 2) all = fmaxf(all, __shfl_xor_sync(kAllLanes, all, distance));
+    const float base = all == -infinity() ? 0.0f : all;
+    const float weight = exp2_flushed((largest - base) * scale.log2e);
+    double sum = exists ? static_cast<double>(partial_stats[2 * (row * splits + thread) + 1]) * weight : 0.0;
+    for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(kAllLanes, sum, distance);
+    // In double: log-probs are differences of numbers that may be large.
+    if (thread == 0) shared.lse = static_cast<double>(base) / scale.temperature + log(sum);
+  }
+
+  // S sorted lists hold up to S K candidates, too many to rank by counting. For any j, j lists whose first ceil(K / j) are
+  // at least x hold K candidates that are: x, the j-th largest of the lists' elements at that place, is a floor. The largest
+  // floor over j leaves at most ceil(K / j) - 1 candidates above it in the list with the j-th most of them.
+  for (int i = thread; i < splits * splits; i += kThreads) {
+    const int j = i / splits + 1;
+    shared.probes[i] = key_at(i % splits, (k + j - 1) / j - 1);
+  }
+  __syncthreads();
+  for (int i = thread; i < splits * splits; i += kThreads) {
+    const int j = i / splits, list = i % splits;
+    const Key probe = shared.probes[i];
+    int rank = 0;
+    for (int other = 0; other < splits; ++other) {
+      const Key key = shared.probes[j * splits + other];
+      rank += key > probe || (key == probe && other < list);  // equal: both are none
+    }
+    if (rank == j) shared.floors[j] = probe;
+  }
+  __syncthreads();
+  Key floor = 1;  // none is no candidate
+  for (int j = 0; j < splits; ++j) floor = max(floor, shared.floors[j]);
+  for (int i = thread; i < splits * k; i += kThreads) {
+    const Key key = key_at(i / k, i % k);
+    if (key >= floor) shared.survivors[atomicAdd(&shared.held, 1)] = key;
+  }
+  __syncthreads();
+  const int n = shared.held, found = min(n, k);
+  for (int i = thread; i < n; i += kThreads) {
+    const Key key = shared.survivors[i];
+    int rank = 0;
+    for (int j = 0; j < n; ++j) rank += shared.survivors[j] > key;
+    if (rank < k) shared.best[rank] = key;
+  }
+  __syncthreads();
+
+  const int64_t sampled = sampled_ids[row], column = row * (k + 1);
+  const double lse = shared.lse;
+  if (thread < found) {
+    const int id = key_id(shared.best[thread]);
+    ids[column + thread] = id;
+    logprobs[column + thread] = static_cast<float>(key_z(shared.best[thread]) - lse);
+    if (id == sampled) shared.inside = 1;
+  }
+  if (found < k) {
+    // All other logits are -inf. Fewer than K + K ids are looked at, so a thread each is enough.
+    int lower = 0;
+    bool listed = false;
+    for (int i = 0; i < found; ++i) {
+      lower += key_id(shared.best[i]) < thread;
+      listed |= key_id(shared.best[i]) == thread;
+    }
+    const int place = found + thread - lower;
+    if (!listed && place < k) {
+      ids[column + place] = thread;
+      logprobs[column + place] = -infinity();
+      if (thread == sampled) shared.inside = 1;
+    }
+  }
+  __syncthreads();
+  if (thread == 0) {
+    float sampled_logprob = __uint_as_float(0x7fc00000u);
+    if (sampled >= 0 && sampled < vocab) {
+      const uint32_t words[4] = {logits[row * stride_logits_n + sampled], 0, 0, 0};
+      sampled_logprob = static_cast<float>(scale(Logits::element(words, 0)) - lse);
+    }
+    sampled_logprobs[row] = sampled_logprob;
+    ids[column + k] = shared.inside ? -1 : sampled;
+    logprobs[column + k] = shared.inside ? 0.0f : sampled_logprob;
+    lse_out[row] = static_cast<float>(lse);
+  }
+}
+
+template <typename Logits>
+void launch(
+    const void* logits,
+    const int64_t* sampled_ids,
+    const float* row_temperature,
+    float* partial_values,
+    int32_t* partial_ids,
+    float* partial_stats,
+    int64_t* ids,
+    float* logprobs,
+    float* sampled_logprobs,
+    float* lse,
+    int64_t n,
+    int64_t vocab,
+    int k,
+    int splits,
+    float temperature,
+    int64_t stride_logits_n,
+    cudaStream_t stream) {
+  const auto* bits = static_cast<const typename Logits::Bits*>(logits);
+  const auto columns = static_cast<unsigned>(vocab);
+  const dim3 segments(static_cast<unsigned>(n), splits), rows(static_cast<unsigned>(n)), block(kThreads);
+  DPPO_LAUNCH(
+      topk_partial_kernel<Logits>,
+      segments,
+      block,
+      stream,
+      bits,
+      row_temperature,
+      partial_values,
+      partial_ids,
+      partial_stats,
+      columns,
+      k,
+      temperature,
+      stride_logits_n);
+  DPPO_LAUNCH(
+      topk_merge_kernel<Logits>,
+      rows,
+      block,
+      stream,
+      bits,
+      sampled_ids,
+      row_temperature,
+      partial_values,
+      partial_ids,
+      partial_stats,
+      ids,
+      logprobs,
+      sampled_logprobs,
+      lse,
+      columns,
+      k,
+      splits,
+      temperature,
+      stride_logits_n);
+}
+
+}  // namespace
+
+const char* topk_logprobs_launch(
+    const void* logits,
+    const int64_t* sampled_ids,
+    const float* row_temperature,
+    float* partial_values,
+    int32_t* partial_ids,
+    float* partial_stats,
+    int64_t* ids,
+    float* logprobs,
+    float* sampled_logprobs,
+    float* lse,
+    int dtype,
+    int64_t n,
+    int64_t vocab,
+    int k,
+    int splits,
+    float temperature,
+    int64_t stride_logits_n,
+    cudaStream_t stream) {
+  constexpr int64_t kMaxInt = 2147483647;
+  if (n < 0 || n > kMaxInt) return "topk_logprobs: the number of rows must be in [0, 2^31)";
+  if (vocab < 1 || vocab > kMaxInt) return "topk_logprobs: the vocabulary must be in [1, 2^31)";
+  if (k < 1 || k > kMaxK || k > vocab) return "topk_logprobs: k must be in [1, min(V, 128)]";
+  if (splits < 1 || splits > kMaxSplits) return "topk_logprobs: splits must be in [1, 32]";
+  if (n == 0) return nullptr;
+  const auto run = dtype == kFloat32 ? launch<Float32> : dtype == kBFloat16 ? launch<BFloat16> : launch<Float16>;
+  if (dtype != kFloat32 && dtype != kBFloat16 && dtype != kFloat16) return "topk_logprobs: unknown dtype";
+  run(logits, sampled_ids, row_temperature, partial_values, partial_ids, partial_stats, ids, logprobs, sampled_logprobs, lse, n,
+      vocab, k, splits, temperature, stride_logits_n, stream);
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace dppo
