@@ -6,13 +6,9 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from dppo_kernels.trainers.rollout import (
-    CapturedLogprob,
-    RolloutStore,
-    check_custom_logprobs,
-    check_sampling,
-    store_custom_rollout,
-)
+from dppo_kernels.trainers.neutral_sampling import check_sampling
+from dppo_kernels.trainers.rollout import check_custom_logprobs, store_custom_rollout
+from dppo_kernels.trainers.rollout_columns import CapturedLogprob, RolloutStore
 from tests.trainers.conftest import history
 from tests.trainers.test_dppo_trainer import Recording, loss_from_full_logits
 
@@ -189,13 +185,13 @@ def test_custom_columns_are_deduplicated_injected_and_checked() -> None:
 @pytest.mark.parametrize(
     ("ids", "values", "message"),
     [
-        ([[5]], [[-1.0]], "2 tokens, 1 rows of `topk_token_ids` and 1 rows of `topk_logprobs` for completion 0"),
-        ([[5], [1, 2, 3, 4]], [[-1.0], [-1.0] * 4], "token 1 holds more than K = 2 ids"),
-        ([[5], [10]], [[-1.0], [-1.0]], r"token 1 must be in \[0, 10\), got \[10, 9\]"),
-        ([[-2], [9]], [[-1.0], [-1.0]], r"token 0 must be in \[0, 10\), got \[-2, 5\]"),
-        ([[5], [9]], [[-1.0], [float("nan")]], "`topk_logprobs` of completion 0, token 1 holds nan"),
-        ([[5, 4], [9]], [[-1.0, None], [-1.0]], "token 0 holds None"),
-        ([[5], [9]], [[1.0], [-1.0]], "token 0 holds 1.0; log-probs are at most 0"),
+        ([[5]], [[-1.0]], "completion 0 of `rollout_func` has 2 tokens, 1 rows of `topk_token_ids` and 1 rows of `topk_logprobs`"),
+        ([[5], [1, 2, 3, 4]], [[-1.0], [-1.0] * 4], "token 1: `topk_token_ids` holds more than K = 2 ids"),
+        ([[5], [10]], [[-1.0], [-1.0]], r"token 1: ids must be in \[0, 10\), .* got \[10, 9\]"),
+        ([[-2], [9]], [[-1.0], [-1.0]], r"token 0: ids must be in \[0, 10\), .* got \[-2, 5\]"),
+        ([[5], [9]], [[-1.0], [float("nan")]], "completion 0 of `rollout_func`, token 1 holds log-prob nan"),
+        ([[5, 4], [9]], [[-1.0, None], [-1.0]], "token 0 holds log-prob None"),
+        ([[5], [9]], [[1.0], [-1.0]], "token 0 holds log-prob 1.0; log-probs are numbers of at most 0"),
     ],
 )
 def test_custom_columns_that_do_not_fit_are_refused(ids: list, values: list, message: str) -> None:
