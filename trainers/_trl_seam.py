@@ -142,9 +142,7 @@ def check_vllm_attributes(generation: VLLMGeneration) -> None:
         raise ImportError(f"{found} sets no {', '.join(missing)}")
     arguments = tuple(inspect.signature(VLLMGeneration.generate).parameters)
     if arguments != VLLM_GENERATE_ARGUMENTS:
-        raise ImportError(
-            f"{found} generates from ({', '.join(arguments)}); expected ({', '.join(VLLM_GENERATE_ARGUMENTS)})"
-        )
+        raise ImportError(f"{found} generates from ({', '.join(arguments)}); expected ({', '.join(VLLM_GENERATE_ARGUMENTS)})")
 
 
 def check_scoring() -> None:

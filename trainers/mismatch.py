@@ -38,6 +38,7 @@ def fresh_stats(stats: Mapping[str, Stat], kind: str) -> dict[str, Stat]:
 class MismatchMonitorMixin(StatLoggingMixin):
     """Warns or stops when the logged mean of ``fresh_prob_gap`` exceeds `args.mismatch_threshold`.
 
+    It sees the tokens that the loss scores: without `score_inactive`, none of groups whose rewards are all equal.
     A warning comes when the threshold is crossed, not again until the mean has been below it. Means are over all processes, so
     all of them stop together.
     """

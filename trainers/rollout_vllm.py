@@ -91,7 +91,9 @@ def store_engine_rollout(
         ValueError: entries that do not fit their tokens, with completion and token.
     """
     if not len(completion_ids) == len(ids) == len(logprobs):
-        raise ValueError(f"vLLM returned {len(completion_ids)} completions, {len(ids)} lists of ids, {len(logprobs)} of log-probs")
+        raise ValueError(
+            f"vLLM returned {len(completion_ids)} completions, {len(ids)} lists of ids, {len(logprobs)} of log-probs"
+        )
     stored = []
     for b, tokens in enumerate(completion_ids):
         place = f"completion {b} of vLLM"

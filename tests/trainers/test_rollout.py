@@ -185,7 +185,11 @@ def test_custom_columns_are_deduplicated_injected_and_checked() -> None:
 @pytest.mark.parametrize(
     ("ids", "values", "message"),
     [
-        ([[5]], [[-1.0]], "completion 0 of `rollout_func` has 2 tokens, 1 rows of `topk_token_ids` and 1 rows of `topk_logprobs`"),
+        (
+            [[5]],
+            [[-1.0]],
+            "completion 0 of `rollout_func` has 2 tokens, 1 rows of `topk_token_ids` and 1 rows of `topk_logprobs`",
+        ),
         ([[5], [1, 2, 3, 4]], [[-1.0], [-1.0] * 4], "token 1: `topk_token_ids` holds more than K = 2 ids"),
         ([[5], [10]], [[-1.0], [-1.0]], r"token 1: ids must be in \[0, 10\), .* got \[10, 9\]"),
         ([[-2], [9]], [[-1.0], [-1.0]], r"token 0: ids must be in \[0, 10\), .* got \[-2, 5\]"),
