@@ -24,9 +24,9 @@ MISMATCH_METRICS = {
 def fresh_stats(stats: Mapping[str, Stat], kind: str) -> dict[str, Stat]:
     """The mismatch, from the loss's stats on the weights that wrote the rollout. mu is the sampler, pi the trainer.
 
-    ``fresh_prob_gap``: |mu - pi| of the sampled token. ``fresh_tv``: the configured divergence where it is a TV, else binary TV,
-    which is the gap. ``fresh_kl``: the configured divergence where it is a KL, else the k1 estimate of KL(mu || pi), the mean of
-    log mu - log pi over sampled tokens, which may be negative.
+    ``fresh_prob_gap``: |mu - pi| of the sampled token. ``fresh_tv``: the configured divergence where it is a TV, else binary
+    TV, which is the gap. ``fresh_kl``: the configured divergence where it is a KL, else the k1 estimate of KL(mu || pi): the
+    mean of log mu - log pi over sampled tokens, which may be negative.
     """
     return {
         "fresh_prob_gap": stats["prob_gap"],
@@ -63,10 +63,10 @@ class MismatchMonitorMixin(StatLoggingMixin):
         gap = reduced["fresh_prob_gap"]
         figures = ", ".join(f"{name[6:]} {reduced[name].mean:.3g}" for name in ("fresh_tv", "fresh_kl") if name in reduced)
         return (
-            f"step {self.state.global_step} ({mode}): on unchanged weights, sampler and trainer differ by {gap.mean:.3g} in the "
-            f"mean probability of a sampled token (largest {gap.max:.3g}; {figures}), more than "
-            f"`mismatch_threshold`={self.args.mismatch_threshold:g}: part of the trust region is spent on the difference of two "
-            "engines. Likely causes: the engine samples at another temperature; top-p, top-k or a penalty renormalises its "
+            f"step {self.state.global_step} ({mode}): on unchanged weights, sampler and trainer differ by {gap.mean:.3g} in "
+            f"the mean probability of a sampled token (largest {gap.max:.3g}; {figures}), more than "
+            f"`mismatch_threshold`={self.args.mismatch_threshold:g}: part of the trust region is spent on the difference of "
+            "two engines. Likely causes: the engine samples at another temperature; top-p, top-k or a penalty renormalises its "
             "log-probs; its weights are stale because a sync failed or was skipped; dropout is on in the trainer; the engine "
             "computes in bf16 or fp16 and the trainer in fp32; a vLLM server without `--logprobs-mode processed_logprobs`. "
             "`mismatch_threshold=None` turns this check off."

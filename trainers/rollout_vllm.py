@@ -1,7 +1,8 @@
 """Recording the rollout policy while vLLM generates: the log-probs it returns, looked up by token id.
 
 TRL's VLLMGeneration asks vLLM for ``logprobs`` entries per token, and returns them with their ids; GRPOTrainer keeps the first
-entry of each token, which is the sampled one only at ``logprobs=0``. Log-probs are "processed": those of ``logits / temperature``.
+entry of each token, which is the sampled one only at ``logprobs=0``. The log-probs are vLLM's "processed" ones: those of
+``logits / temperature``.
 """
 
 import functools
@@ -53,8 +54,8 @@ def check_server(info: Any, k: int) -> None:
         )
     if 0 <= model["max_logprobs"] < k:
         raise ValueError(
-            f"the vLLM server returns at most {model['max_logprobs']} log-probs per token, `divergence_topk` is {k}: restart it "
-            f"with `--max-logprobs {k}`, or -1 for any number"
+            f"the vLLM server returns at most {model['max_logprobs']} log-probs per token, `divergence_topk` is {k}: "
+            f"restart it with `--max-logprobs {k}`, or -1 for any number"
         )
     for flag, value in (("logits-processors", model.get("logits_processors")), ("watermark", info.get("watermark_config"))):
         if value:

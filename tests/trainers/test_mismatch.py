@@ -9,7 +9,7 @@ import torch
 from dppo_kernels import DIVERGENCES
 from tests.trainers.conftest import history
 from tests.trainers.fake_vllm import FakeEngine, install
-from tests.trainers.test_dppo_trainer import Recording
+from tests.trainers.test_dppo_trainer import Recording, full_logits
 
 LOGGER = "dppo_kernels.trainers.mismatch"
 VLLM = {"use_vllm": True, "vllm_mode": "colocate", "score_inactive": True}
@@ -35,12 +35,9 @@ def test_what_is_logged(make_trainer, engine, kind: str) -> None:
     trainer.train()
     inputs, state = trainer.recorded[0]["inputs"], trainer.recorded[0]["state"]
     trainer.model.load_state_dict(state)
-    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
-    attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
-    with torch.no_grad():
-        logits = trainer.model(input_ids=ids, attention_mask=attention).logits.double()
     active = inputs["completion_mask"].bool()
-    logits = logits[:, -active.shape[1] - 1 : -1][active]
+    with torch.no_grad():
+        logits = full_logits(trainer.model, inputs)[active]
     sampled = inputs["completion_ids"][active][:, None]
     log_mu, log_pi = (torch.log_softmax(logits / (0.9 * heat), -1) for heat in (0.3, 1.0))
     mu, pi = (x.exp().gather(1, sampled).squeeze(1) for x in (log_mu, log_pi))

@@ -10,25 +10,21 @@ from dppo_kernels.trainers.neutral_sampling import check_sampling
 from dppo_kernels.trainers.rollout import check_custom_logprobs, store_custom_rollout
 from dppo_kernels.trainers.rollout_columns import CapturedLogprob, RolloutStore
 from tests.trainers.conftest import history
-from tests.trainers.test_dppo_trainer import Recording, loss_from_full_logits
+from tests.trainers.test_dppo_trainer import Recording, full_logits, loss_from_full_logits
 
 
-def check_recorded_columns(trainer: Any, record: dict[str, Any], k: int) -> None:
+def check_recorded_columns(trainer: Any, record: dict[str, Any], k: int, atol: float = 1e-5) -> None:
     """Against the full distribution of the weights that generated (the record's own, at the first micro-step)."""
     inputs = record["inputs"]
     trainer.model.load_state_dict(record["state"])
-    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
-    attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
     with torch.no_grad():
-        logits = trainer.model(input_ids=ids, attention_mask=attention).logits.double()
-    width = inputs["completion_ids"].shape[1]
-    log_mu = torch.log_softmax(logits[:, -width - 1 : -1] / trainer.temperature, -1)
+        log_mu = torch.log_softmax(full_logits(trainer.model, inputs) / trainer.temperature, -1)
     active = inputs["completion_mask"].bool()
     if "tool_mask" in inputs:
         assert not inputs["rollout_topk_valid"][~inputs["tool_mask"].bool()].any()
         active &= inputs["tool_mask"].bool()
     sampled = inputs["completion_ids"][active]
-    close = {"rtol": 0, "atol": 1e-5}
+    close = {"rtol": 0, "atol": atol}
     expected = log_mu[active].gather(1, sampled[:, None]).squeeze(1)
     torch.testing.assert_close(inputs["sampling_per_token_logps"][active].double(), expected, **close)
     top_ids, top_logprobs, valid = (inputs[f"rollout_topk_{name}"][active] for name in ("ids", "logprobs", "valid"))

@@ -166,7 +166,7 @@ def test_entries_that_say_nothing_about_the_sample_stop_the_run(make_trainer, en
 def test_the_server_writes_minus_9999_for_impossible(make_trainer, engine) -> None:
     engine.mangle = lambda entries, sampled: {**entries, sampled: (-math.inf, 99)}
     trainer = make_trainer(use_vllm=True, vllm_mode="server", divergence_type="topk_tv", divergence_topk=3)
-    with pytest.raises(ValueError, match="the sampled id .* has log-prob -9999.0, so its probability is unknown"):
+    with pytest.raises(ValueError, match=r"the sampled id .* has log-prob -9999\.0, so its probability is unknown"):
         trainer.train()
 
 
@@ -316,7 +316,7 @@ def test_servers_that_cannot_serve_are_refused(make_trainer, monkeypatch, model,
         make_trainer(use_vllm=True, vllm_mode="server", divergence_type="topk_tv", divergence_topk=30)
     for fits in (30, 31, -1):
         check_server(server_info(max_logprobs=fits), 30)
-    with pytest.raises(ValueError, match="`--watermark` .* reshapes"):
+    with pytest.raises(ValueError, match=r"`--watermark` .* reshapes"):
         check_server({**server_info(), "watermark_config": {"algorithm": "x"}}, 1)
 
 
@@ -344,9 +344,17 @@ def test_weights_are_never_stale(make_trainer, engine, model, prompts) -> None:
 def test_resume_is_exact(make_trainer, monkeypatch, model, tmp_path, kind: str, save_at: int) -> None:
     start = {name: p.clone() for name, p in model.state_dict().items()}
     settings = {
-        **{"use_vllm": True, "vllm_mode": "colocate", "divergence_type": kind, "divergence_topk": 3},
-        **{"max_steps": 6, "steps_per_generation": 2, "num_iterations": 1, "learning_rate": 5e-3},
-        **{"save_strategy": "steps", "save_steps": save_at, "score_inactive": True},
+        "use_vllm": True,
+        "vllm_mode": "colocate",
+        "divergence_type": kind,
+        "divergence_topk": 3,
+        "max_steps": 6,
+        "steps_per_generation": 2,
+        "num_iterations": 1,
+        "learning_rate": 5e-3,
+        "save_strategy": "steps",
+        "save_steps": save_at,
+        "score_inactive": True,
     }
 
     def run(out: str, resume: str | None) -> Any:
