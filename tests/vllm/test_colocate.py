@@ -83,8 +83,12 @@ def test_losses_and_gradients_equal_full_logits(make_trainer, kind: str, peft: b
 
 def test_a_skipped_sync_is_caught(make_trainer, monkeypatch) -> None:
     settings = {
-        **{"learning_rate": 2e-2, "steps_per_generation": 1, "num_iterations": 1, "max_steps": 3},
-        **{"per_device_train_batch_size": 16, **VLLM},
+        "learning_rate": 2e-2,
+        "steps_per_generation": 1,
+        "num_iterations": 1,
+        "max_steps": 3,
+        "per_device_train_batch_size": 16,
+        **VLLM,
     }
     trainer = make_trainer(Recording, mismatch_threshold=None, **settings)
     sync, calls = trainer.vllm_generation.sync_weights, []
