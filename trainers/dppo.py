@@ -51,6 +51,9 @@ _METRICS = {
 class DPPOConfig(GRPOConfig):
     """GRPOConfig with DPPO's trust region; inherited options that DPPO would ignore are refused.
 
+    With `use_vllm`, settings under which vLLM does not sample from ``softmax(logits / temperature)`` are refused. TRL's
+    colocated engine computes in half precision even if the trainer does not, so their log-probs differ by rounding.
+
     Args:
         divergence_type: "binary_tv", "binary_kl", "topk_tv" or "topk_kl".
         divergence_topk: K of the top-K divergences; the sampled token is added to it. 1 <= K <= min(V, 128).

@@ -62,7 +62,7 @@ NEUTRAL_FOR_VLLM: dict[str, tuple[Any, ...]] = {
 
 # What else may stand in `generation_kwargs` for vLLM: it ends or describes a completion, and changes no probability.
 _HARMLESS_FOR_VLLM = (
-    *("max_tokens", "stop", "stop_token_ids", "ignore_eos", "seed", "temperature", "skip_reading_prefix_cache"),
+    *("max_tokens", "stop", "stop_token_ids", "ignore_eos", "temperature", "skip_reading_prefix_cache"),
     *("detokenize", "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output"),
 )
 # How completions and log-probs come back is the trainer's business.
@@ -106,6 +106,11 @@ def check_vllm_sampling(settings: Mapping[str, Any], generation_kwargs: Mapping[
     extra = generation_kwargs or {}
     check_sampling(extra, temperature, NEUTRAL_FOR_VLLM)
     for name, value in extra.items():
+        if name == "seed":
+            raise ValueError(
+                f"`generation_kwargs` must not hold `seed` (got {value!r}): vLLM would draw the same completion for all "
+                "copies of a prompt, so that no group has an advantage"
+            )
         if name in _SET_BY_THE_TRAINER:
             raise ValueError(
                 f"`generation_kwargs` must not hold `{name}` (got {value!r}): the trainer asks for the log-probs it needs, one "

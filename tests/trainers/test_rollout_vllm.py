@@ -184,6 +184,13 @@ def test_columns_are_looked_up_ranked_and_deduplicated() -> None:
     assert not logprobs[~valid].any()
 
 
+def test_an_impossible_entry_is_still_an_entry() -> None:
+    sampled, (ids, values, valid) = ranked_columns([3], [[3, 3, 6]], [[-0.1, -0.1, -math.inf]], k=3, vocab=9, place="here")
+    assert sampled == [-0.1]
+    assert (ids.tolist(), valid.tolist()) == ([[3, 6, -1, -1]], [[True, True, False, False]])
+    assert values.tolist() == [[pytest.approx(-0.1), -math.inf, 0.0, 0.0]]
+
+
 def test_an_entry_tied_with_the_sampled_one_does_not_take_its_column() -> None:
     _, (ids, _, valid) = ranked_columns([0], [[4, 0]], [[-1.0, -1.0]], k=1, vocab=9, place="here")
     assert (ids.tolist(), valid.tolist()) == ([[0, -1]], [[True, False]])
@@ -250,6 +257,7 @@ def test_what_the_engine_must_return() -> None:
         ({"generation_kwargs": {"n": 2}}, "must not hold `n`"),
         ({"generation_kwargs": {"flat_logprobs": True}}, "must not hold `flat_logprobs`"),
         ({"generation_kwargs": {"logprob_token_ids": [3]}}, "must not hold `logprob_token_ids`"),
+        ({"generation_kwargs": {"seed": 1}}, "must not hold `seed` .* the same completion for all copies"),
         ({"generation_kwargs": {"temperature": 0.3}}, "generation runs at temperature 0.3, training at 1.0"),
         ({"generation_kwargs": {"truncate_prompt_tokens": 4}}, "`truncate_prompt_tokens`=4, which is not known to leave"),
         ({"temperature": 0.005}, "`temperature` must be at least 0.01 with vLLM, got 0.005"),
@@ -289,7 +297,6 @@ def test_settings_that_bias_every_ratio_are_refused(make_config, changes: dict[s
 def test_neutral_settings_of_vllm_pass(make_config) -> None:
     harmless = {
         "max_tokens": 5,
-        "seed": 1,
         "stop": ["x"],
         "ignore_eos": True,
         "temperature": 0.7,
