@@ -170,7 +170,3 @@ def balanced(total: int, limit: int) -> int:
 def matrix(buffer: Tensor, rows: int, cols: int) -> Tensor:
     """The beginning of a flat buffer as [rows, cols]."""
     return buffer[: rows * cols].view(rows, cols)
-
-
-def pick_topk_splits(n: int, vocab: int, sm_count: int) -> int:
-    return 1

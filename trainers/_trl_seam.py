@@ -36,7 +36,6 @@ GRPO_TRAINER_ATTRIBUTES = (
     "entropy_coef",
     "epsilon_high",
     "epsilon_low",
-    "generation_config",
     "importance_sampling_level",
     "loss_type",
     "max_completion_length",
@@ -54,6 +53,15 @@ GRPO_TRAINER_ATTRIBUTES = (
     "use_vllm",
     "vllm_importance_sampling_correction",
 )
+
+# Of a trainer with and without `use_vllm`.
+VLLM_TRAINER_ATTRIBUTES = ("_last_loaded_step", "vllm_generation")
+TRANSFORMERS_TRAINER_ATTRIBUTES = ("generation_config",)
+
+# VLLMGeneration: what is called with which arguments, and what is read or set. It imports without vLLM.
+VLLM_GENERATE_ARGUMENTS = ("self", "prompts", "images", "num_generations", "profiler")
+VLLM_METHODS = ("generate", "sync_weights")
+VLLM_ATTRIBUTES = ("logprobs", "mode")
 
 # Looked up by the forward of every fused lm_head on each call: replacing them reaches trainers that exist already.
 SCORING_FUNCTION = "_ChunkedLogProbFunction"
@@ -100,19 +108,41 @@ check_versions()
 # After the check, so that its message comes first. All of transformers' mixtures of experts take their loss from Mixtral.
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
+from trl.generation.vllm_client import VLLMClient  # noqa: E402
+from trl.generation.vllm_generation import VLLMGeneration  # noqa: E402
 from trl.trainer import utils as trainer_utils  # noqa: E402
 from trl.trainer.utils import RepeatSampler  # noqa: E402
 
-_missing = [name for name in GRPO_TRAINER_METHODS if not hasattr(GRPOTrainer, name)]
-if _missing:
-    raise ImportError(f"trl {importlib.metadata.version('trl')} lacks GRPOTrainer.{', GRPOTrainer.'.join(_missing)}")
+for _owner, _names in ((GRPOTrainer, GRPO_TRAINER_METHODS), (VLLMGeneration, VLLM_METHODS), (VLLMClient, ("get_server_info",))):
+    _missing = [f"{_owner.__name__}.{name}" for name in _names if not hasattr(_owner, name)]
+    if _missing:
+        raise ImportError(f"trl {importlib.metadata.version('trl')} lacks {', '.join(_missing)}")
 
 
 def check_attributes(trainer: GRPOTrainer) -> None:
     """Raise ImportError if a constructed trainer lacks an attribute that this package relies on."""
-    missing = [name for name in GRPO_TRAINER_ATTRIBUTES if not hasattr(trainer, name)]
+    generation = VLLM_TRAINER_ATTRIBUTES if trainer.use_vllm else TRANSFORMERS_TRAINER_ATTRIBUTES
+    missing = [name for name in (*GRPO_TRAINER_ATTRIBUTES, *generation) if not hasattr(trainer, name)]
     if missing:
         raise ImportError(f"GRPOTrainer of trl {importlib.metadata.version('trl')} sets no {', '.join(missing)}")
+
+
+def check_vllm_attributes(generation: VLLMGeneration) -> None:
+    """Raise ImportError unless vLLM is driven through what this package relies on.
+
+    The order of what `generate` returns shows at run time: sampled ids are looked up among the returned ones.
+    """
+    found = f"VLLMGeneration of trl {importlib.metadata.version('trl')}"
+    engine = "vllm_client" if getattr(generation, "mode", None) == "server" else "llm"
+    names = [*VLLM_ATTRIBUTES]
+    if engine == "llm" or generation.accelerator.is_main_process:  # other processes have no client
+        names.append(engine)
+    missing = [name for name in names if not hasattr(generation, name)]
+    if missing:
+        raise ImportError(f"{found} sets no {', '.join(missing)}")
+    arguments = tuple(inspect.signature(VLLMGeneration.generate).parameters)
+    if arguments != VLLM_GENERATE_ARGUMENTS:
+        raise ImportError(f"{found} generates from ({', '.join(arguments)}); expected ({', '.join(VLLM_GENERATE_ARGUMENTS)})")
 
 
 def check_scoring() -> None:
@@ -140,6 +170,7 @@ __all__ = [
     "check_attributes",
     "check_scoring",
     "check_versions",
+    "check_vllm_attributes",
     "load_balancing_loss_func",
     "supported_range",
     "trainer_utils",

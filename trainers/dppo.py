@@ -11,10 +11,12 @@ from torch import Tensor
 from dppo_kernels import DIVERGENCES, PRESETS, PolicyLossSpec, Stat, _checks, policy_loss
 from dppo_kernels.trainers._trl_seam import GRPOConfig, GRPOTrainer, check_attributes
 from dppo_kernels.trainers.dropout import check_deterministic, disable_dropout
-from dppo_kernels.trainers.metrics import StatLoggingMixin
+from dppo_kernels.trainers.mismatch import MISMATCH_ACTIONS, MISMATCH_METRICS, MismatchMonitorMixin, fresh_stats
+from dppo_kernels.trainers.neutral_sampling import check_sampling, check_vllm_sampling
 from dppo_kernels.trainers.normaliser import accumulation_steps, tokens_per_window
 from dppo_kernels.trainers.resume import ExactResumeMixin
-from dppo_kernels.trainers.rollout import RolloutCaptureMixin, check_sampling
+from dppo_kernels.trainers.rollout import RolloutCaptureMixin
+from dppo_kernels.trainers.rollout_vllm import prepare_engine
 from dppo_kernels.trainers.scoring import IGNORE_INDEX, install_scoring
 
 # GRPO options that mean nothing here: the loss, its ratio and its correction are DPPO's own.
@@ -40,9 +42,7 @@ _METRICS = {
     "entropy": ("entropy", "mean"),
     "kl": ("ref_kl", "mean"),
     "aux_loss": ("aux_loss", "mean"),
-    # |pi - mu| on unchanged weights: the mismatch between the engine that samples and the one that trains.
-    "engine_mismatch/prob_gap_mean": ("fresh_prob_gap", "mean"),
-    "engine_mismatch/prob_gap_max": ("fresh_prob_gap", "max"),
+    **MISMATCH_METRICS,
     "unscored": ("unscored", "mean"),
 }
 
@@ -50,6 +50,9 @@ _METRICS = {
 @dataclass
 class DPPOConfig(GRPOConfig):
     """GRPOConfig with DPPO's trust region; inherited options that DPPO would ignore are refused.
+
+    With `use_vllm`, settings under which vLLM does not sample from ``softmax(logits / temperature)`` are refused. TRL's
+    colocated engine computes in half precision even if the trainer does not, so their log-probs differ by rounding.
 
     Args:
         divergence_type: "binary_tv", "binary_kl", "topk_tv" or "topk_kl".
@@ -63,6 +66,9 @@ class DPPOConfig(GRPOConfig):
             projection, changes no gradient. The share that is not scored is logged as "unscored".
         disable_dropout: must stay True where the model has dropout: it would make rollout and training policies differ.
         vllm_importance_sampling_correction: must stay False: DPPO's ratio to the rollout policy already is that correction.
+        mismatch_threshold: largest mean of |mu - pi| over sampled tokens that is accepted on unchanged weights, where it is the
+            mismatch between the engine that samples and the one that trains. None = no check.
+        mismatch_action: "warn" when a logged mean crosses the threshold, or "stop" the training.
 
     Raises:
         ValueError: a setting that DPPO cannot honour, with the reason.
@@ -77,12 +83,15 @@ class DPPOConfig(GRPOConfig):
     score_inactive: bool = field(default=False, metadata={"help": "Score tokens without an advantage, for metrics."})
     disable_dropout: bool = field(default=True, metadata={"help": "Disable dropout in the model."})
     vllm_importance_sampling_correction: bool = field(default=False, metadata={"help": "Must stay False."})
+    mismatch_threshold: float | None = field(default=0.05, metadata={"help": "Largest mean gap of sampler and trainer."})
+    mismatch_action: str = field(default="warn", metadata={"help": f"One of {', '.join(MISMATCH_ACTIONS)}."})
 
     def __post_init__(self) -> None:
-        for name in ("epsilon", "epsilon_high", "clip_ratio_c", "temperature"):
+        for name in ("epsilon", "epsilon_high", "clip_ratio_c", "temperature", "mismatch_threshold"):
             if getattr(self, name) is not None:
                 _checks.check_positive(name, getattr(self, name))
         self.policy_loss_spec()
+        _checks.check_choice("mismatch_action", self.mismatch_action, MISMATCH_ACTIONS)
         if type(self.divergence_topk) is not int or not 1 <= self.divergence_topk <= 128:
             raise ValueError(f"`divergence_topk` must be an int in [1, 128], got {self.divergence_topk}")
         stock = {f.name: f.default for f in fields(GRPOConfig)}
@@ -95,15 +104,17 @@ class DPPOConfig(GRPOConfig):
             raise ValueError("`top_entropy_quantile` < 1 needs all entropies before the loss: leave `fused_loss` at None")
         if self.vllm_importance_sampling_correction:
             raise ValueError("`vllm_importance_sampling_correction` would correct twice: DPPO's ratio is to the rollout policy")
-        if self.use_vllm:
-            raise ValueError("`use_vllm=True` is not supported yet: rollouts run with transformers")
         if self.use_transformers_continuous_batching or self.use_transformers_paged:
             raise ValueError("`use_transformers_continuous_batching` returns no log-probs of the rollout policy")
         if self.neftune_noise_alpha is not None:
             raise ValueError("`neftune_noise_alpha` adds noise to every forward: rollout and training policies would differ")
-        sampling = {name: getattr(self, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
-        check_sampling(sampling, self.temperature)
-        super().__post_init__()
+        super().__post_init__()  # parses `generation_kwargs` given as JSON
+        names = ["top_p", "top_k", "min_p", "repetition_penalty"]
+        if self.use_vllm:
+            names.append("vllm_structured_outputs_regex")
+            check_vllm_sampling({name: getattr(self, name) for name in names}, self.generation_kwargs, self.temperature)
+        else:
+            check_sampling({name: getattr(self, name) for name in names}, self.temperature)
 
     def policy_loss_spec(self) -> PolicyLossSpec:
         """The loss these settings describe."""
@@ -120,11 +131,11 @@ class DPPOConfig(GRPOConfig):
         )
 
 
-class DPPOTrainer(StatLoggingMixin, ExactResumeMixin, RolloutCaptureMixin, GRPOTrainer):
+class DPPOTrainer(MismatchMonitorMixin, ExactResumeMixin, RolloutCaptureMixin, GRPOTrainer):
     """GRPOTrainer that masks tokens by the divergence from the rollout policy instead of clipping their ratio.
 
-    Takes GRPOTrainer's arguments; `args` is a `DPPOConfig`. The rollout policy's log-probs are captured while generating
-    and are the only anchor: no old log-probs are recomputed and no further importance correction is applied.
+    Takes GRPOTrainer's arguments; `args` is a `DPPOConfig`. The rollout policy's log-probs are captured while generating, with
+    transformers or vLLM, and are the only anchor: no old log-probs are recomputed and no importance correction is applied.
 
     Raises:
         TypeError, ValueError: a model or setting that cannot be trained correctly, with the reason.
@@ -148,6 +159,8 @@ class DPPOTrainer(StatLoggingMixin, ExactResumeMixin, RolloutCaptureMixin, GRPOT
         if args.disable_dropout:
             disable_dropout(self.model)
         self._check_model(policy)
+        if self.use_vllm:
+            prepare_engine(self, self.rollout_topk)
         for scored in (policy, self.ref_model):
             if scored is not None:
                 base = self.accelerator.unwrap_model(scored)
@@ -155,10 +168,11 @@ class DPPOTrainer(StatLoggingMixin, ExactResumeMixin, RolloutCaptureMixin, GRPOT
         check_attributes(self)
 
     def _check_model(self, policy: Any) -> None:
-        merged = self.generation_config.to_dict()
-        # generate() fills what is None here from the model's own generation config.
-        merged |= {k: v for k, v in policy.generation_config.to_dict().items() if merged.get(k) is None}
-        check_sampling(merged, self.temperature)
+        if not self.use_vllm:
+            merged = self.generation_config.to_dict()
+            # generate() fills what is None here from the model's own generation config.
+            merged |= {k: v for k, v in policy.generation_config.to_dict().items() if merged.get(k) is None}
+            check_sampling(merged, self.temperature)
         vocab = policy.get_output_embeddings().weight.shape[0]
         if self.rollout_topk > vocab:
             raise ValueError(f"`divergence_topk`={self.rollout_topk} exceeds the model's vocabulary of {vocab}")
@@ -255,6 +269,6 @@ class DPPOTrainer(StatLoggingMixin, ExactResumeMixin, RolloutCaptureMixin, GRPOT
             aux_loss = scores.aux_loss.detach()
             stats["aux_loss"] = Stat(aux_loss, torch.ones_like(aux_loss), aux_loss)
         if not self.model.training or self.state.global_step == self._generation_step:
-            stats["fresh_prob_gap"] = stats["prob_gap"]
+            stats.update(fresh_stats(stats, self.args.divergence_type))
         self.record(stats)
         return loss

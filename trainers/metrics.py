@@ -52,6 +52,7 @@ class StatLoggingMixin(Host):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
+        reduced: dict[str, Reduced] = {}
         if self._stats[mode]:
             reduced = reduce_stats(self.accelerator, self._stats[mode])
             for name, (stat, read) in self.stat_metrics.items():
@@ -59,6 +60,10 @@ class StatLoggingMixin(Host):
                     self._metrics[mode][name].append(getattr(reduced[stat], read))
             self._stats[mode] = {}
         super().log(logs, start_time)
+        self.inspect_logged(mode, reduced)
+
+    def inspect_logged(self, mode: str, reduced: Mapping[str, Reduced]) -> None:
+        """Called after every log with the stats of its window over all processes; a subclass may stop the run here."""
 
     def extra_resume_state(self) -> dict[str, Any]:
         stats: dict[str, dict[str, tuple[Tensor, ...]]] = {

@@ -5,10 +5,9 @@ One [B, V] tensor of logits is alive at a time and is reduced to K + 1 columns b
 (top-p, penalties) reshapes it; `check_sampling` refuses what does.
 """
 
-import contextlib
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,107 +15,14 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from dppo_kernels import TopKLogprobs, token_logprobs, topk_logprobs
+from dppo_kernels.trainers.rollout_columns import MAX_LOGPROB, CapturedLogprob, RolloutStore, ranked_columns
+from dppo_kernels.trainers.rollout_vllm import capturing
+from dppo_kernels.trainers.shadow import shadowed
 
 if TYPE_CHECKING:
     from dppo_kernels.trainers._trl_seam import GRPOTrainer as Host
 else:
     Host = object  # a mixin: GRPOTrainer comes after it in the bases
-
-# Generation settings that reshape the distribution tokens are drawn from, and the values at which they do nothing.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "do_sample": (True,),
-    "num_return_sequences": (None, 1),
-    "return_dict_in_generate": (None, False),
-    "num_beams": (None, 1),
-    "top_k": (None, 0),
-    "top_p": (None, 1.0),
-    "min_p": (None, 0.0),
-    "top_h": (None,),
-    "typical_p": (None, 1.0),
-    "epsilon_cutoff": (None, 0.0),
-    "eta_cutoff": (None, 0.0),
-    "repetition_penalty": (None, 1.0),
-    "encoder_repetition_penalty": (None, 1.0),
-    "no_repeat_ngram_size": (None, 0),
-    "encoder_no_repeat_ngram_size": (None, 0),
-    "min_length": (None, 0),
-    "min_new_tokens": (None, 0),
-    "bad_words_ids": (None,),
-    "sequence_bias": (None,),
-    "suppress_tokens": (None,),
-    "begin_suppress_tokens": (None,),
-    "forced_bos_token_id": (None,),
-    "forced_eos_token_id": (None,),
-    "exponential_decay_length_penalty": (None,),
-    "guidance_scale": (None, 1, 1.0),
-    "watermarking_config": (None,),
-    "penalty_alpha": (None, 0.0),
-    "dola_layers": (None,),
-    "prompt_lookup_num_tokens": (None,),
-    "assistant_early_exit": (None,),
-}
-
-
-def check_sampling(settings: Mapping[str, Any], temperature: float) -> None:
-    """Refuse generation settings under which the sampler is not ``softmax(logits / temperature)``.
-
-    Raises:
-        ValueError: naming the setting, its value and the neutral one.
-    """
-    for name, neutral in _NEUTRAL.items():
-        if name in settings and settings[name] not in neutral:
-            raise ValueError(
-                f"`{name}`={settings[name]!r} reshapes the sampling distribution, but ratios and divergences compare "
-                f"full-vocabulary log-probs: every ratio would be biased even on unchanged weights. Set it to {neutral[-1]!r}."
-            )
-    if settings.get("temperature", temperature) not in (None, temperature):
-        raise ValueError(
-            f"generation runs at temperature {settings['temperature']}, training at {temperature}: set `temperature` only"
-        )
-
-
-# Engines round: a log-prob may end up this much above 0.
-MAX_LOGPROB = 1e-3
-
-
-class CapturedLogprob(float):
-    """A sampled token's log-prob that remembers its row in the store of top-K columns.
-
-    TRL slices, concatenates and interleaves the lists of log-probs (tool turns, truncation); carrying the row number in the
-    list keeps columns and tokens aligned through all of it. Tokens the policy did not write are plain floats.
-    """
-
-    row: int
-
-    def __new__(cls, value: float, row: int) -> "CapturedLogprob":
-        captured = super().__new__(cls, value)
-        captured.row = row
-        return captured
-
-
-class RolloutStore:
-    """Top-K columns of all tokens of one call of `generate and score`, one row per token; row 0 stands for "not captured"."""
-
-    def __init__(self, k: int) -> None:
-        self.k = k
-        nothing = torch.full((1, k + 1), -1), torch.zeros(1, k + 1), torch.zeros(1, k + 1, dtype=torch.bool)
-        self._parts: list[tuple[Tensor, Tensor, Tensor]] = [nothing]  # ids, logprobs, valid, each [rows, K+1]
-        self._rows = 1
-
-    def add(self, ids: Tensor, logprobs: Tensor, valid: Tensor) -> int:
-        """Append rows; returns the number of the first."""
-        first, self._rows = self._rows, self._rows + ids.shape[0]
-        self._parts.append((ids, logprobs, valid))
-        return first
-
-    def columns(self, logprobs: Sequence[Sequence[float]], width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """ids, logprobs, valid [B, width, K+1] for per-token lists of log-probs; id -1 and valid False where not captured."""
-        rows = torch.zeros(len(logprobs), width, dtype=torch.long)
-        for b, sequence in enumerate(logprobs):
-            rows[b, : len(sequence)] = torch.tensor([getattr(value, "row", 0) for value in sequence], dtype=torch.long)
-        rows = rows.to(device)
-        ids, values, valid = (torch.cat([x.to(device) for x in parts])[rows] for parts in zip(*self._parts, strict=True))
-        return ids, values, valid
 
 
 class _StepCapture:
@@ -159,25 +65,17 @@ class _SeeSample(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-@contextlib.contextmanager
-def _captured_generate(model: Any, capture: _StepCapture) -> Iterator[None]:
-    """Shadow ``model.generate`` with one that lets `capture` look on."""
-    shadowed = vars(model).get("generate")  # somebody's own instance attribute, if any
-    model.generate = functools.partial(
-        model.generate,
+def _looked_on(generate: Callable[..., Any], capture: _StepCapture) -> Callable[..., Any]:
+    """`generate` of a model, with `capture` looking on."""
+    return functools.partial(
+        generate,
         logits_processor=LogitsProcessorList([_SeeLogits(capture)]),
         stopping_criteria=StoppingCriteriaList([_SeeSample(capture)]),
     )
-    try:
-        yield
-    finally:
-        del model.generate
-        if shadowed is not None:
-            model.generate = shadowed
 
 
 class RolloutCaptureMixin(Host):
-    """Put before GRPOTrainer in the bases: rollouts come back with the sampler's log-probs.
+    """Put before GRPOTrainer in the bases: rollouts come back with the sampler's log-probs, from transformers or vLLM.
 
     Adds to the dict of `_generate_and_score_completions`: ``sampling_per_token_logps`` [B, T] and, where `rollout_topk` > 0,
     ``rollout_topk_ids``, ``rollout_topk_logprobs``, ``rollout_topk_valid`` [B, T, K+1]. Memory beyond generation is O(B T K).
@@ -186,9 +84,28 @@ class RolloutCaptureMixin(Host):
 
     rollout_topk: int = 0  # K; 0 = the sampled token's log-prob only
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._forget_synced_weights()
+        return super().train(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        self._forget_synced_weights()
+        return super().evaluate(*args, **kwargs)
+
+    def _forget_synced_weights(self) -> None:
+        # TRL pushes weights to vLLM when the global step changed; a checkpoint, a second run or the best model loaded at the
+        # end change them without.
+        if self.use_vllm:
+            self._last_loaded_step = -1
+
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple[list[list[int]], list[list[CapturedLogprob]]]:
+        if self.use_vllm:
+            engine = self.vllm_generation
+            with shadowed(engine, "generate", capturing(engine.generate, self._rollout_store, self._vocab())):
+                return super()._generate_single_turn(*args, **kwargs)
         capture = _StepCapture(self.rollout_topk, self.temperature)
-        with _captured_generate(self.accelerator.unwrap_model(self.model_wrapped), capture):
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        with shadowed(model, "generate", _looked_on(model.generate, capture)):
             completion_ids, _ = super()._generate_single_turn(*args, **kwargs)
         sampled = torch.stack(capture.sampled, 1)  # [B, steps]
         steps, first = sampled.shape[1], 0
@@ -201,6 +118,9 @@ class RolloutCaptureMixin(Host):
         ]
         return completion_ids, logprobs
 
+    def _vocab(self) -> int:
+        return self.model.get_output_embeddings().weight.shape[0]
+
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         self._rollout_store = RolloutStore(self.rollout_topk)
         generated = super()._generate(prompts)
@@ -208,9 +128,8 @@ class RolloutCaptureMixin(Host):
         if self.rollout_func is not None:
             check_custom_logprobs(completion_ids, logprobs, written_by_policy)
             if self.rollout_topk:
-                vocab = self.model.get_output_embeddings().weight.shape[0]
                 logprobs = store_custom_rollout(
-                    self._rollout_store, completion_ids, logprobs, written_by_policy, extra_fields, vocab
+                    self._rollout_store, completion_ids, logprobs, written_by_policy, extra_fields, self._vocab()
                 )
         self._rollout_logprobs = logprobs
         return generated
@@ -272,28 +191,22 @@ def store_custom_rollout(
         )
     topk_ids, topk_logprobs_ = extra_fields.pop("topk_token_ids"), extra_fields.pop("topk_logprobs")
     captured: list[list[float]] = []
-    for b, (ids, sampled) in enumerate(zip(completion_ids, logprobs, strict=True)):
-        if not len(topk_ids[b]) == len(topk_logprobs_[b]) == len(ids):
+    for b, (tokens, sampled) in enumerate(zip(completion_ids, logprobs, strict=True)):
+        place = f"completion {b} of `rollout_func`"
+        if not len(topk_ids[b]) == len(topk_logprobs_[b]) == len(tokens):
             raise ValueError(
-                f"`rollout_func` returned {len(ids)} tokens, {len(topk_ids[b])} rows of `topk_token_ids` and "
-                f"{len(topk_logprobs_[b])} rows of `topk_logprobs` for completion {b}"
+                f"{place} has {len(tokens)} tokens, {len(topk_ids[b])} rows of `topk_token_ids` and "
+                f"{len(topk_logprobs_[b])} rows of `topk_logprobs`"
             )
-        id_rows = torch.full((len(ids), store.k + 1), -1)
-        value_rows = torch.zeros(len(ids), store.k + 1)
-        for t, token in enumerate(ids):
-            if written_by_policy is not None and not written_by_policy[b][t]:
-                continue
-            row = dict(zip(topk_ids[b][t], topk_logprobs_[b][t], strict=True))  # by id: engines repeat the sampled token
-            row.setdefault(token, sampled[t])
-            if not all(0 <= i < vocab for i in row):
-                raise ValueError(f"`topk_token_ids` of completion {b}, token {t} must be in [0, {vocab}), got {list(row)}")
-            for value in row.values():
-                if value is None or not value <= MAX_LOGPROB:  # -inf is an impossible token; NaN compares False
-                    raise ValueError(f"`topk_logprobs` of completion {b}, token {t} holds {value}; log-probs are at most 0")
-            if len(row) > store.k + 1:
-                raise ValueError(f"`topk_token_ids` of completion {b}, token {t} holds more than K = {store.k} ids")
-            id_rows[t, : len(row)] = torch.tensor(list(row))
-            value_rows[t, : len(row)] = torch.tensor(list(row.values()))
-        first = store.add(id_rows, value_rows, id_rows >= 0)
+        written = [True] * len(tokens) if written_by_policy is None else written_by_policy[b]
+        ids: list[list[int]] = [[] for _ in tokens]
+        values: list[list[float | None]] = [[] for _ in tokens]
+        for t, token in enumerate(tokens):
+            if written[t]:  # the sampled token goes last: it counts only where the rollout left it out
+                ids[t], values[t] = [*topk_ids[b][t], token], [*topk_logprobs_[b][t], sampled[t]]
+                if len(set(ids[t])) > store.k + 1:
+                    raise ValueError(f"{place}, token {t}: `topk_token_ids` holds more than K = {store.k} ids")
+        _, columns = ranked_columns(tokens, ids, values, k=store.k, vocab=vocab, place=place)
+        first = store.add(*columns)
         captured.append([CapturedLogprob(0.0 if value is None else value, first + t) for t, value in enumerate(sampled)])
     return captured

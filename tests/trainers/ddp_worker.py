@@ -4,22 +4,27 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.trainers import conftest
+from tests.trainers.fake_vllm import FakeEngine, install
 from tests.trainers.test_dppo_trainer import Recording, loss_from_full_logits
 
-OUT, KIND = Path(sys.argv[1]), sys.argv[2]
+OUT, KIND, SAMPLER = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 tokenizer = conftest.tokenizer.__wrapped__()
 
 
 def train(resume: str | None) -> Recording:
-    config = conftest.make_config.__wrapped__(OUT)(
-        divergence_type=KIND, divergence_topk=3, learning_rate=2e-2, save_strategy="steps", save_steps=3
-    )
+    model = conftest.model.__wrapped__(tokenizer)
+    settings = {"divergence_type": KIND, "divergence_topk": 3, "learning_rate": 2e-2, "save_strategy": "steps", "save_steps": 3}
+    if SAMPLER != "transformers":
+        install(pytest.MonkeyPatch(), FakeEngine(model))
+        settings |= {"use_vllm": True, "vllm_mode": SAMPLER}
+    config = conftest.make_config.__wrapped__(OUT)(**settings)
     trainer = Recording(
-        conftest.model.__wrapped__(tokenizer),
+        model,
         conftest.reward_length,
         config,
         train_dataset=conftest.prompts.__wrapped__(),
@@ -41,6 +46,7 @@ result = {
     "resumed_equal": all(map(torch.equal, trainer.model.parameters(), resumed.model.parameters())),
     "loss_error": max(errors),
     "prompt_ids": trainer.recorded[0]["inputs"]["prompt_ids"].tolist(),
+    "mismatch": max(conftest.history(trainer, "engine_mismatch/prob_gap_max")),
     "masked": conftest.history(trainer, "masked/all"),
     "logged_max": conftest.history(trainer, "divergence/max"),
     "local_max": [stats["divergence"].max.item() for stats in trainer.recorded_stats],

@@ -11,11 +11,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("kind", ["binary_tv", "topk_kl"])
-def test_two_ranks_stay_equal(tmp_path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "sampler"),
+    [("binary_tv", "transformers"), ("topk_kl", "transformers"), ("topk_tv", "server")],
+)
+def test_two_ranks_stay_equal(tmp_path, kind: str, sampler: str) -> None:
+    """With a vLLM server, one process generates for all, and TRL deals the completions out again."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--standalone"]
     result = subprocess.run(
-        [*command, "-m", "tests.trainers.ddp_worker", str(tmp_path), kind],
+        [*command, "-m", "tests.trainers.ddp_worker", str(tmp_path), kind, sampler],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -29,6 +33,7 @@ def test_two_ranks_stay_equal(tmp_path, kind: str) -> None:
         assert rank["world"] == 2
         assert rank["wrapped"]
         assert rank["loss_error"] < 1e-5
+        assert rank["mismatch"] < 1e-5
         assert rank["resumed_equal"]
     assert ranks[0]["weights"] == ranks[1]["weights"]
     assert ranks[0]["prompt_ids"] != ranks[1]["prompt_ids"]

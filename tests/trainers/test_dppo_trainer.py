@@ -39,22 +39,20 @@ class Recording(DPPOTrainer):
         return loss
 
 
-def loss_from_full_logits(trainer: Recording, record: dict[str, Any]) -> float:
-    """The paper's formula on full float64 distributions, sharing no code with the library."""
-    inputs, args = record["inputs"], trainer.args
-    model = trainer.model
-    current = {name: p.clone() for name, p in model.state_dict().items()}
-    model.load_state_dict(record["state"])
+def full_logits(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """[B, T, V] in float64, those that completion tokens were drawn from."""
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
     attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
-    with torch.no_grad():
-        logits = model(input_ids=ids, attention_mask=attention).logits.double()
-    model.load_state_dict(current)
-    width = inputs["completion_ids"].shape[1]
-    log_pi = torch.log_softmax(logits[:, -width - 1 : -1] / args.temperature, -1)
+    logits = model(input_ids=ids, attention_mask=attention).logits.double()
+    return logits[:, -inputs["completion_ids"].shape[1] - 1 : -1]
+
+
+def loss_of_logits(logits: Tensor, inputs: dict[str, Any], args: Any) -> Tensor:
+    """The paper's formula on full distributions, sharing no code with the library; differentiable."""
+    log_pi = torch.log_softmax(logits / args.temperature, -1)
     logp = log_pi.gather(2, inputs["completion_ids"][..., None]).squeeze(2)
     logm = inputs["sampling_per_token_logps"].double()
-    p, m = logp.exp(), logm.exp()
+    p, m = logp.detach().exp(), logm.exp()
     kind = args.divergence_type
     if kind == "binary_tv":
         d = (m - p).abs()
@@ -63,7 +61,7 @@ def loss_from_full_logits(trainer: Recording, record: dict[str, Any]) -> float:
     else:
         valid = inputs["rollout_topk_valid"]
         mu = inputs["rollout_topk_logprobs"].double().exp() * valid
-        pi = log_pi.gather(2, inputs["rollout_topk_ids"].clamp(min=0)).exp() * valid
+        pi = log_pi.detach().gather(2, inputs["rollout_topk_ids"].clamp(min=0)).exp() * valid
         mu = torch.cat([mu, 1 - mu.sum(-1, keepdim=True)], -1)
         pi = torch.cat([pi, 1 - pi.sum(-1, keepdim=True)], -1)
         d = (mu - pi).abs().sum(-1) / 2 if kind == "topk_tv" else torch.where(mu > 0, mu * (mu / pi).log(), 0.0).sum(-1)
@@ -75,7 +73,18 @@ def loss_from_full_logits(trainer: Recording, record: dict[str, Any]) -> float:
     if "tool_mask" in inputs:
         active &= inputs["tool_mask"].bool()
     windows = args.steps_per_generation / args.gradient_accumulation_steps
-    return (per_token[active].sum() * windows / inputs["num_items_in_batch"]).item()
+    return per_token[active].sum() * windows / inputs["num_items_in_batch"]
+
+
+def loss_from_full_logits(trainer: Recording, record: dict[str, Any]) -> float:
+    """The loss of a recorded micro-batch, on the weights it was computed with."""
+    model = trainer.model
+    current = {name: p.clone() for name, p in model.state_dict().items()}
+    model.load_state_dict(record["state"])
+    with torch.no_grad():
+        logits = full_logits(model, record["inputs"])
+    model.load_state_dict(current)
+    return loss_of_logits(logits, record["inputs"], trainer.args).item()
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)

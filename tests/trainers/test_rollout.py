@@ -8,33 +8,25 @@ from transformers import GenerationConfig
 
 from dppo_kernels import _ext
 from dppo_kernels.token_logprobs import topk, topk_native
-from dppo_kernels.trainers.rollout import (
-    CapturedLogprob,
-    RolloutStore,
-    check_custom_logprobs,
-    check_sampling,
-    store_custom_rollout,
-)
+from dppo_kernels.trainers.neutral_sampling import check_sampling
+from dppo_kernels.trainers.rollout import check_custom_logprobs, store_custom_rollout
+from dppo_kernels.trainers.rollout_columns import CapturedLogprob, RolloutStore
 from tests.trainers.conftest import history
-from tests.trainers.test_dppo_trainer import Recording, loss_from_full_logits
+from tests.trainers.test_dppo_trainer import Recording, full_logits, loss_from_full_logits
 
 
-def check_recorded_columns(trainer: Any, record: dict[str, Any], k: int) -> None:
+def check_recorded_columns(trainer: Any, record: dict[str, Any], k: int, atol: float = 1e-5) -> None:
     """Against the full distribution of the weights that generated (the record's own, at the first micro-step)."""
     inputs = record["inputs"]
     trainer.model.load_state_dict(record["state"])
-    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
-    attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
     with torch.no_grad():
-        logits = trainer.model(input_ids=ids, attention_mask=attention).logits.double()
-    width = inputs["completion_ids"].shape[1]
-    log_mu = torch.log_softmax(logits[:, -width - 1 : -1] / trainer.temperature, -1)
+        log_mu = torch.log_softmax(full_logits(trainer.model, inputs) / trainer.temperature, -1)
     active = inputs["completion_mask"].bool()
     if "tool_mask" in inputs:
         assert not inputs["rollout_topk_valid"][~inputs["tool_mask"].bool()].any()
         active &= inputs["tool_mask"].bool()
     sampled = inputs["completion_ids"][active]
-    close = {"rtol": 0, "atol": 1e-5}
+    close = {"rtol": 0, "atol": atol}
     expected = log_mu[active].gather(1, sampled[:, None]).squeeze(1)
     torch.testing.assert_close(inputs["sampling_per_token_logps"][active].double(), expected, **close)
     top_ids, top_logprobs, valid = (inputs[f"rollout_topk_{name}"][active] for name in ("ids", "logprobs", "valid"))
@@ -207,13 +199,17 @@ def test_custom_columns_are_deduplicated_injected_and_checked() -> None:
 @pytest.mark.parametrize(
     ("ids", "values", "message"),
     [
-        ([[5]], [[-1.0]], "2 tokens, 1 rows of `topk_token_ids` and 1 rows of `topk_logprobs` for completion 0"),
-        ([[5], [1, 2, 3, 4]], [[-1.0], [-1.0] * 4], "token 1 holds more than K = 2 ids"),
-        ([[5], [10]], [[-1.0], [-1.0]], r"token 1 must be in \[0, 10\), got \[10, 9\]"),
-        ([[-2], [9]], [[-1.0], [-1.0]], r"token 0 must be in \[0, 10\), got \[-2, 5\]"),
-        ([[5], [9]], [[-1.0], [float("nan")]], "`topk_logprobs` of completion 0, token 1 holds nan"),
-        ([[5, 4], [9]], [[-1.0, None], [-1.0]], "token 0 holds None"),
-        ([[5], [9]], [[1.0], [-1.0]], "token 0 holds 1.0; log-probs are at most 0"),
+        (
+            [[5]],
+            [[-1.0]],
+            "completion 0 of `rollout_func` has 2 tokens, 1 rows of `topk_token_ids` and 1 rows of `topk_logprobs`",
+        ),
+        ([[5], [1, 2, 3, 4]], [[-1.0], [-1.0] * 4], "token 1: `topk_token_ids` holds more than K = 2 ids"),
+        ([[5], [10]], [[-1.0], [-1.0]], r"token 1: ids must be in \[0, 10\), .* got \[10, 9\]"),
+        ([[-2], [9]], [[-1.0], [-1.0]], r"token 0: ids must be in \[0, 10\), .* got \[-2, 5\]"),
+        ([[5], [9]], [[-1.0], [float("nan")]], "completion 0 of `rollout_func`, token 1 holds log-prob nan"),
+        ([[5, 4], [9]], [[-1.0, None], [-1.0]], "token 0 holds log-prob None"),
+        ([[5], [9]], [[1.0], [-1.0]], "token 0 holds log-prob 1.0; log-probs are numbers of at most 0"),
     ],
 )
 def test_custom_columns_that_do_not_fit_are_refused(ids: list, values: list, message: str) -> None:

@@ -1,0 +1,106 @@
+"""Recording the rollout policy while vLLM generates: the log-probs it returns, looked up by token id.
+
+TRL's VLLMGeneration asks vLLM for ``logprobs`` entries per token, and returns them with their ids; GRPOTrainer keeps the first
+entry of each token, which is the sampled one only at ``logprobs=0``. The log-probs are vLLM's "processed" ones: those of
+``logits / temperature``.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+
+from dppo_kernels.trainers._trl_seam import check_vllm_attributes
+from dppo_kernels.trainers.rollout_columns import CapturedLogprob, RolloutStore, ranked_columns
+
+
+def prepare_engine(trainer: Any, k: int) -> None:
+    """Make the trainer's vLLM return what `k` columns need, on every process.
+
+    Raises:
+        ValueError: the server was launched so that it cannot, naming the flag.
+    """
+    generation = trainer.vllm_generation
+    check_vllm_attributes(generation)
+    generation.logprobs = k
+    if generation.mode == "server":
+        is_main = trainer.accelerator.is_main_process
+        info = [generation.vllm_client.get_server_info() if is_main else None]
+        broadcast_object_list(info, from_process=0)  # so that all processes refuse together
+        check_server(info[0], k)
+    else:
+        allow_logprobs(generation.llm, k)
+
+
+def allow_logprobs(llm: Any, k: int) -> None:
+    """Raise the engine's limit of log-probs per token, which TRL leaves at vLLM's 20; it only guards requests."""
+    config = llm.llm_engine.model_config
+    if 0 <= config.max_logprobs < k:
+        config.max_logprobs = k
+
+
+def check_server(info: Any, k: int) -> None:
+    """Refuse a vLLM server whose log-probs are not those of ``softmax(logits / temperature)``, or too few.
+
+    Raises:
+        ValueError: naming the launch flag.
+    """
+    model = info["model_config"]
+    if model["logprobs_mode"] != "processed_logprobs":
+        raise ValueError(
+            f"the vLLM server runs with `--logprobs-mode {model['logprobs_mode']}`, whose log-probs ignore the temperature: "
+            "restart it with `--logprobs-mode processed_logprobs`"
+        )
+    if 0 <= model["max_logprobs"] < k:
+        raise ValueError(
+            f"the vLLM server returns at most {model['max_logprobs']} log-probs per token, `divergence_topk` is {k}: "
+            f"restart it with `--max-logprobs {k}`, or -1 for any number"
+        )
+    for flag, value in (("logits-processors", model.get("logits_processors")), ("watermark", info.get("watermark_config"))):
+        if value:
+            raise ValueError(f"the vLLM server's `--{flag}` {value} reshapes the sampling distribution: restart it without")
+
+
+def capturing(generate: Callable[..., Any], store: RolloutStore, vocab: int) -> Callable[..., Any]:
+    """VLLMGeneration.generate with one log-prob per token, the sampled one's; columns go to `store`."""
+
+    @functools.wraps(generate)
+    def captured(prompts: Sequence[Sequence[int]], *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        prompt_ids, completion_ids, logprobs, ids = generate(prompts, *args, **kwargs)
+        if [list(x) for x in prompt_ids] != [list(x) for x in prompts]:
+            raise ValueError("vLLM completed other prompts than those it was given: their order or their tokens changed")
+        if logprobs is None or ids is None:
+            raise ValueError("vLLM returned no log-probs; the trust region is measured against them")
+        captured = store_engine_rollout(store, completion_ids, ids, logprobs, vocab)
+        sampled_ids = [[[i] for i in row] for row in completion_ids]
+        return prompt_ids, completion_ids, [[[value] for value in row] for row in captured], sampled_ids
+
+    return captured
+
+
+def store_engine_rollout(
+    store: RolloutStore,
+    completion_ids: Sequence[Sequence[int]],
+    ids: Sequence[Sequence[Sequence[int]]],
+    logprobs: Sequence[Sequence[Sequence[float | None]]],
+    vocab: int,
+) -> list[list[CapturedLogprob]]:
+    """Columns of completions [B][T] from entries [B][T][K or K+1]; returns the sampled tokens' log-probs.
+
+    Raises:
+        ValueError: entries that do not fit their tokens, with completion and token.
+    """
+    if not len(completion_ids) == len(ids) == len(logprobs):
+        raise ValueError(
+            f"vLLM returned {len(completion_ids)} completions, {len(ids)} lists of ids, {len(logprobs)} of log-probs"
+        )
+    stored = []
+    for b, tokens in enumerate(completion_ids):
+        place = f"completion {b} of vLLM"
+        if not all(map(len, ids[b])):
+            raise ValueError(f"{place} has a token without log-probs")
+        sampled, columns = ranked_columns(tokens, ids[b], logprobs[b], k=store.k, vocab=vocab, place=place)
+        first = store.add(*columns)
+        stored.append([CapturedLogprob(value, first + t) for t, value in enumerate(sampled)])
+    return stored
