@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, set_seed
 
 from dppo_kernels.trainers._trl_seam import check_vllm_attributes
 from dppo_kernels.trainers.rollout_columns import CapturedLogprob, RolloutStore, ranked_columns
@@ -31,6 +31,9 @@ def prepare_engine(trainer: Any, k: int) -> None:
         check_server(info[0], k)
     else:
         allow_logprobs(generation.llm, k)
+        # The engine samples from this process's generators, and seeded them with the rank alone when it was built. Processes
+        # that hold parts of one engine must draw the same.
+        set_seed(trainer.args.seed + trainer.accelerator.process_index // generation.tensor_parallel_size)
 
 
 def allow_logprobs(llm: Any, k: int) -> None:

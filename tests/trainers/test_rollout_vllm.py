@@ -380,6 +380,18 @@ def test_resume_is_exact(make_trainer, monkeypatch, model, tmp_path, kind: str, 
     assert max(history(resumed, "engine_mismatch/prob_gap_max")) <= 1e-5
 
 
+def test_the_seed_reaches_the_engine(make_trainer, engine, model) -> None:
+    """Building vLLM's engine seeds the process anew, with the rank."""
+    start = {name: p.clone() for name, p in model.state_dict().items()}
+    drawn, one_prompt = [], Dataset.from_dict({"prompt": ["1+1="] * 8})
+    for seed in (3, 3, 4):
+        model.load_state_dict(start)
+        trainer = make_trainer(Recording, use_vllm=True, vllm_mode="colocate", max_steps=1, seed=seed, train_dataset=one_prompt)
+        trainer.train()
+        drawn.append(trainer.recorded[0]["inputs"]["completion_ids"].tolist())
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
 def test_the_seam_names_what_is_missing(make_trainer, engine, monkeypatch) -> None:
     trainer = make_trainer(use_vllm=True, vllm_mode="colocate")
     _trl_seam.check_attributes(trainer)
