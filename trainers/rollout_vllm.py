@@ -16,13 +16,20 @@ from dppo_kernels.trainers.rollout_columns import CapturedLogprob, RolloutStore,
 
 
 def prepare_engine(trainer: Any, k: int) -> None:
-    """Make the trainer's vLLM return what `k` columns need, on every process.
+    """Make the trainer's vLLM return what `k` columns need, on every process, and draw by the trainer's seed.
 
     Raises:
-        ValueError: the server was launched so that it cannot, naming the flag.
+        ValueError: the server was launched so that it cannot, naming the flag; or tools need what TRL does not do.
     """
     generation = trainer.vllm_generation
     check_vllm_attributes(generation)
+    sharing = trainer.accelerator.num_processes if generation.mode == "server" else generation.tensor_parallel_size
+    if trainer.tools and sharing > 1:
+        raise ValueError(
+            f"`tools` with an engine that {sharing} processes share is not supported: TRL's tool loop calls it whenever one "
+            "of them has tool calls, which hangs or mixes up completions. Use `vllm_mode='colocate'` with "
+            "`vllm_tensor_parallel_size=1`"
+        )
     generation.logprobs = k
     if generation.mode == "server":
         is_main = trainer.accelerator.is_main_process

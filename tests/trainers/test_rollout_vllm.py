@@ -1,6 +1,8 @@
 """Rollouts by vLLM, its engine faked: the loss against full logits, every trap, and weights that are never stale."""
 
+import contextlib
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from peft import LoraConfig
 from dppo_kernels import DIVERGENCES
 from dppo_kernels.trainers import _trl_seam
 from dppo_kernels.trainers.rollout_columns import RolloutStore, ranked_columns
-from dppo_kernels.trainers.rollout_vllm import capturing, check_server, store_engine_rollout
+from dppo_kernels.trainers.rollout_vllm import capturing, check_server, prepare_engine, store_engine_rollout
 from tests.trainers.conftest import history, weights
 from tests.trainers.fake_vllm import FakeEngine, impossible, install, server_info
 from tests.trainers.test_dppo_trainer import Recording, loss_from_full_logits
@@ -325,6 +327,23 @@ def test_servers_that_cannot_serve_are_refused(make_trainer, monkeypatch, model,
         check_server(server_info(max_logprobs=fits), 30)
     with pytest.raises(ValueError, match=r"`--watermark` .* reshapes"):
         check_server({**server_info(), "watermark_config": {"algorithm": "x"}}, 1)
+
+
+@pytest.mark.parametrize(
+    ("mode", "processes", "tensor_parallel", "refused"),
+    [("server", 2, 1, True), ("server", 1, 1, False), ("colocate", 2, 1, False), ("colocate", 2, 2, True)],
+)
+def test_tools_need_an_engine_per_process(
+    make_trainer, engine, mode: str, processes: int, tensor_parallel: int, refused: bool
+) -> None:
+    trainer = make_trainer(use_vllm=True, vllm_mode=mode)
+    prepare_engine(trainer, 3)
+    one = trainer.accelerator
+    trainer.accelerator = SimpleNamespace(num_processes=processes, process_index=0, is_main_process=True)
+    trainer.vllm_generation.tensor_parallel_size, trainer.tools = tensor_parallel, [print]
+    with pytest.raises(ValueError, match="engine that 2 processes share") if refused else contextlib.nullcontext():
+        prepare_engine(trainer, 3)
+    trainer.accelerator = one
 
 
 def test_weights_are_never_stale(make_trainer, engine, model, prompts) -> None:
