@@ -9,20 +9,27 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, set_seed
 
 from dppo_kernels.trainers._trl_seam import check_vllm_attributes
 from dppo_kernels.trainers.rollout_columns import CapturedLogprob, RolloutStore, ranked_columns
 
 
 def prepare_engine(trainer: Any, k: int) -> None:
-    """Make the trainer's vLLM return what `k` columns need, on every process.
+    """Make the trainer's vLLM return what `k` columns need, on every process, and draw by the trainer's seed.
 
     Raises:
-        ValueError: the server was launched so that it cannot, naming the flag.
+        ValueError: the server was launched so that it cannot, naming the flag; or tools need what TRL does not do.
     """
     generation = trainer.vllm_generation
     check_vllm_attributes(generation)
+    sharing = trainer.accelerator.num_processes if generation.mode == "server" else generation.tensor_parallel_size
+    if trainer.tools and sharing > 1:
+        raise ValueError(
+            f"`tools` with an engine that {sharing} processes share is not supported: TRL's tool loop calls it whenever one "
+            "of them has tool calls, which hangs or mixes up completions. Use `vllm_mode='colocate'` with "
+            "`vllm_tensor_parallel_size=1`"
+        )
     generation.logprobs = k
     if generation.mode == "server":
         is_main = trainer.accelerator.is_main_process
@@ -31,6 +38,9 @@ def prepare_engine(trainer: Any, k: int) -> None:
         check_server(info[0], k)
     else:
         allow_logprobs(generation.llm, k)
+        # The engine samples from this process's generators, and seeded them with the rank alone when it was built. Processes
+        # that hold parts of one engine must draw the same.
+        set_seed(trainer.args.seed + trainer.accelerator.process_index // generation.tensor_parallel_size)
 
 
 def allow_logprobs(llm: Any, k: int) -> None:

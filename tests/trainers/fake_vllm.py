@@ -63,7 +63,8 @@ class FakeEngine:
 class FakeLLM:
     """What VLLMGeneration touches of `vllm.LLM` in colocate mode."""
 
-    def __init__(self, engine: FakeEngine, *, logprobs_mode: str, **settings: Any) -> None:
+    def __init__(self, engine: FakeEngine, *, logprobs_mode: str, seed: int, **settings: Any) -> None:
+        torch.manual_seed(seed)  # as vLLM's worker does, in the trainer's process
         assert logprobs_mode == "processed_logprobs"
         self.engine = engine
         runner = SimpleNamespace(model=SimpleNamespace(load_weights=engine.load))

@@ -1,6 +1,8 @@
 """Rollouts by vLLM, its engine faked: the loss against full logits, every trap, and weights that are never stale."""
 
+import contextlib
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from peft import LoraConfig
 from dppo_kernels import DIVERGENCES
 from dppo_kernels.trainers import _trl_seam
 from dppo_kernels.trainers.rollout_columns import RolloutStore, ranked_columns
-from dppo_kernels.trainers.rollout_vllm import capturing, check_server, store_engine_rollout
+from dppo_kernels.trainers.rollout_vllm import capturing, check_server, prepare_engine, store_engine_rollout
 from tests.trainers.conftest import history, weights
 from tests.trainers.fake_vllm import FakeEngine, impossible, install, server_info
 from tests.trainers.test_dppo_trainer import Recording, loss_from_full_logits
@@ -327,6 +329,23 @@ def test_servers_that_cannot_serve_are_refused(make_trainer, monkeypatch, model,
         check_server({**server_info(), "watermark_config": {"algorithm": "x"}}, 1)
 
 
+@pytest.mark.parametrize(
+    ("mode", "processes", "tensor_parallel", "refused"),
+    [("server", 2, 1, True), ("server", 1, 1, False), ("colocate", 2, 1, False), ("colocate", 2, 2, True)],
+)
+def test_tools_need_an_engine_per_process(
+    make_trainer, engine, mode: str, processes: int, tensor_parallel: int, refused: bool
+) -> None:
+    trainer = make_trainer(use_vllm=True, vllm_mode=mode)
+    prepare_engine(trainer, 3)
+    one = trainer.accelerator
+    trainer.accelerator = SimpleNamespace(num_processes=processes, process_index=0, is_main_process=True)
+    trainer.vllm_generation.tensor_parallel_size, trainer.tools = tensor_parallel, [print]
+    with pytest.raises(ValueError, match="engine that 2 processes share") if refused else contextlib.nullcontext():
+        prepare_engine(trainer, 3)
+    trainer.accelerator = one
+
+
 def test_weights_are_never_stale(make_trainer, engine, model, prompts) -> None:
     """TRL pushes them when the global step changed, which misses a second run and weights loaded in between."""
     trainer = make_trainer(
@@ -378,6 +397,18 @@ def test_resume_is_exact(make_trainer, monkeypatch, model, tmp_path, kind: str, 
     for key in ("loss", "divergence/max", "engine_mismatch/prob_gap_max", "engine_mismatch/kl"):
         assert history(resumed, key) == history(whole, key)
     assert max(history(resumed, "engine_mismatch/prob_gap_max")) <= 1e-5
+
+
+def test_the_seed_reaches_the_engine(make_trainer, engine, model) -> None:
+    """Building vLLM's engine seeds the process anew, with the rank."""
+    start = {name: p.clone() for name, p in model.state_dict().items()}
+    drawn, one_prompt = [], Dataset.from_dict({"prompt": ["1+1="] * 8})
+    for seed in (3, 3, 4):
+        model.load_state_dict(start)
+        trainer = make_trainer(Recording, use_vllm=True, vllm_mode="colocate", max_steps=1, seed=seed, train_dataset=one_prompt)
+        trainer.train()
+        drawn.append(trainer.recorded[0]["inputs"]["completion_ids"].tolist())
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_the_seam_names_what_is_missing(make_trainer, engine, monkeypatch) -> None:

@@ -147,6 +147,7 @@ def test_resume_continues_with_synced_weights(make_trainer, model, tmp_path) -> 
 
 
 def test_the_engine_runs_in_this_process(make_trainer) -> None:
-    trainer = make_trainer(**VLLM)
+    trainer = make_trainer(seed=5, **VLLM)
+    assert torch.initial_seed() == 5  # the engine draws from this generator
     assert trainer.vllm_generation.llm.llm_engine.model_config.logprobs_mode == "processed_logprobs"
     assert os.environ["WORLD_SIZE"] == "1"
