@@ -9,10 +9,14 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from accelerate.utils import broadcast_object_list, set_seed
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list, is_peft_model, set_seed
 
 from dppo_kernels.trainers._trl_seam import check_vllm_attributes
 from dppo_kernels.trainers.rollout_columns import CapturedLogprob, RolloutStore, ranked_columns
+
+logger = get_logger(__name__)
 
 
 def prepare_engine(trainer: Any, k: int) -> None:
@@ -30,6 +34,7 @@ def prepare_engine(trainer: Any, k: int) -> None:
             "of them has tool calls, which hangs or mixes up completions. Use `vllm_mode='colocate'` with "
             "`vllm_tensor_parallel_size=1`"
         )
+    warn_of_merging(trainer.accelerator.unwrap_model(trainer.model))
     generation.logprobs = k
     if generation.mode == "server":
         is_main = trainer.accelerator.is_main_process
@@ -41,6 +46,19 @@ def prepare_engine(trainer: Any, k: int) -> None:
         # The engine samples from this process's generators, and seeded them with the rank alone when it was built. Processes
         # that hold parts of one engine must draw the same.
         set_seed(trainer.args.seed + trainer.accelerator.process_index // generation.tensor_parallel_size)
+
+
+def warn_of_merging(model: Any) -> None:
+    """An adapter on 16-bit weights loses a little of them at every sync."""
+    if not is_peft_model(model):
+        return
+    dtypes = {weight.dtype for name, weight in model.named_parameters() if ".base_layer." in name}
+    for dtype in sorted(map(str, dtypes & {torch.bfloat16, torch.float16})):
+        logger.warning(
+            f"an adapter on {dtype.removeprefix('torch.')} weights: at every sync with vLLM, TRL merges it into them and out "
+            "again, which rounds them each time, and a checkpoint of the adapter does not hold what they became. Load the "
+            "model in float32 to avoid it."
+        )
 
 
 def allow_logprobs(llm: Any, k: int) -> None:

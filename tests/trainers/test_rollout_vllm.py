@@ -8,12 +8,18 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 
 from dppo_kernels import DIVERGENCES
 from dppo_kernels.trainers import _trl_seam
 from dppo_kernels.trainers.rollout_columns import RolloutStore, ranked_columns
-from dppo_kernels.trainers.rollout_vllm import capturing, check_server, prepare_engine, store_engine_rollout
+from dppo_kernels.trainers.rollout_vllm import (
+    capturing,
+    check_server,
+    prepare_engine,
+    store_engine_rollout,
+    warn_of_merging,
+)
 from tests.trainers.conftest import history, weights
 from tests.trainers.fake_vllm import FakeEngine, impossible, install, server_info
 from tests.trainers.test_dppo_trainer import Recording, loss_from_full_logits
@@ -118,6 +124,17 @@ def test_lora_is_merged_into_the_engine(make_trainer, engine) -> None:
     assert engine.syncs == 3
     assert max(history(trainer, "engine_mismatch/prob_gap_max")) <= 1e-5
     check_losses(trainer, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_into_16_bit_weights_is_warned_of(model, dtype: torch.dtype, caplog) -> None:
+    warn_of_merging(model.to(dtype))
+    lora = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert not caplog.records
+    warn_of_merging(lora)
+    assert ["an adapter on bfloat16 weights" in record.getMessage() for record in caplog.records] == [True] * (
+        dtype != torch.float32
+    )
 
 
 def test_impossible_tokens_beside_the_sampled_one(make_trainer, engine) -> None:
