@@ -22,11 +22,10 @@ def topk_logprobs_cuda(logits: Tensor, sampled_ids: Tensor, k: int, temperature:
     n, vocab = logits.shape
     with torch.cuda.device(logits.device):
         splits = pick_topk_splits(n, vocab, torch.cuda.get_device_properties(logits.device).multi_processor_count)
-        float32 = {"dtype": torch.float32, "device": logits.device}
         workspace = (
-            torch.empty(n, splits, k, **float32),  # values of each part's best
-            torch.empty(n, splits, k, dtype=torch.int32, device=logits.device),  # their ids
-            torch.empty(n, splits, 2, **float32),  # maximum and sum of each part
+            logits.new_empty((n, splits, k), dtype=torch.float32),  # values of each part's best
+            logits.new_empty((n, splits, k), dtype=torch.int32),  # their ids
+            logits.new_empty((n, splits, 2), dtype=torch.float32),  # maximum and sum of each part
         )
         stream = torch.cuda.current_stream().cuda_stream
         torch.ops.dppo_kernels_C_cuda.topk_logprobs(
@@ -41,12 +40,11 @@ def _prepare(
     if logits.shape[1] > 1 and logits.stride(1) != 1:
         logits = logits.contiguous()
     n = logits.shape[0]
-    float32 = {"dtype": torch.float32, "device": logits.device}
     out = (
-        torch.empty(n, k + 1, dtype=torch.int64, device=logits.device),
-        torch.empty(n, k + 1, **float32),
-        torch.empty(n, **float32),
-        torch.empty(n, **float32),
+        logits.new_empty((n, k + 1), dtype=torch.int64),
+        logits.new_empty((n, k + 1), dtype=torch.float32),
+        logits.new_empty(n, dtype=torch.float32),
+        logits.new_empty(n, dtype=torch.float32),
     )
     if isinstance(temperature, Tensor):
         return logits, temperature, 1.0, out
