@@ -34,8 +34,8 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kBlocksPerSm = 5;
 constexpr int kMaxK = kTopkMaxK;
 constexpr int kMaxSplits = kTopkMaxSplits;
-constexpr int kVectors = 2;  // 16-byte vectors a lane reads at a time: 5 CTAs have 40 KB in flight, more than 6 with one each
-constexpr int kSlack = 96;  // candidates beyond K that wait for a flush: it costs their number squared
+constexpr int kVectors = 2;  // 16-byte vectors a lane reads at a time: 5 CTAs have 40 KB in flight, 6 with one each only 24
+constexpr int kSlack = 64;  // candidates beyond K that wait for a flush: it costs their number squared
 constexpr int kCrowd = 64;  // lanes that may all append without the sieve, for small K too
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr float kLog2E = 1.4426950408889634f;
@@ -70,11 +70,18 @@ __device__ __forceinline__ float exp2_flushed(float x) {
 #endif
 }
 
+// One of four words by an index that is not known to the compiler: an array would have to live in memory.
+__device__ __forceinline__ uint32_t pick_word(const uint32_t (&words)[4], int w) {
+  const uint32_t low = w & 1 ? words[1] : words[0], high = w & 1 ? words[3] : words[2];
+  return w & 2 ? high : low;
+}
+
 struct Float32 {
   using Bits = uint32_t;
   static constexpr int kElements = 4;  // of a 16-byte vector
   static constexpr uint32_t kNegativeInfinity = 0xff800000u;
   static __device__ __forceinline__ float element(const uint32_t (&words)[4], int e) { return __uint_as_float(words[e]); }
+  static __device__ __forceinline__ float pick(const uint32_t (&words)[4], int e) { return __uint_as_float(pick_word(words, e)); }
   static __device__ __forceinline__ float largest(const uint32_t (&words)[4]) {
     return fmaxf(fmaxf(element(words, 0), element(words, 1)), fmaxf(element(words, 2), element(words, 3)));
   }
@@ -86,6 +93,9 @@ struct BFloat16 {
   static constexpr uint32_t kNegativeInfinity = 0xff80u;
   static __device__ __forceinline__ float element(const uint32_t (&words)[4], int e) {
     return __uint_as_float(e % 2 ? words[e / 2] & 0xffff0000u : words[e / 2] << 16);
+  }
+  static __device__ __forceinline__ float pick(const uint32_t (&words)[4], int e) {
+    return __uint_as_float(pick_word(words, e / 2) >> (e % 2 * 16) << 16);
   }
   static __device__ __forceinline__ __nv_bfloat162 pair(const uint32_t& word) {
     return reinterpret_cast<const __nv_bfloat162&>(word);
@@ -104,6 +114,10 @@ struct Float16 {
   static __device__ __forceinline__ __half2 pair(const uint32_t& word) { return reinterpret_cast<const __half2&>(word); }
   static __device__ __forceinline__ float element(const uint32_t (&words)[4], int e) {
     return e % 2 ? __high2float(pair(words[e / 2])) : __low2float(pair(words[e / 2]));
+  }
+  static __device__ __forceinline__ float pick(const uint32_t (&words)[4], int e) {
+    const uint32_t word = pick_word(words, e / 2) >> (e % 2 * 16);
+    return __low2float(pair(word));
   }
   static __device__ __forceinline__ float largest(const uint32_t (&words)[4]) {
     const __half2 best = __hmax2(__hmax2(pair(words[0]), pair(words[1])), __hmax2(pair(words[2]), pair(words[3])));
@@ -124,6 +138,13 @@ struct Scale {
   }
 
   __device__ __forceinline__ float operator()(float logit) const { return divides ? __fdiv_rn(logit, temperature) : logit; }
+
+  // No logit whose z has this rank, or a higher one, is below: z by more than division rounds, and the product rounds
+  // monotonically.
+  __device__ __forceinline__ float lowest(unsigned least) const {
+    const float z = unordered(least);
+    return (fabsf(z) > 1e-30f ? fmaf(-1e-6f, fabsf(z), z) : -2e-30f) * temperature;
+  }
 
   // z as an unsigned number. NaN, whose row is lost, becomes -inf: it could be in any number of lists. + 0 makes 0 of -0.
   __device__ __forceinline__ unsigned rank(float logit) const { return ordered(fmaxf((*this)(logit), -infinity()) + 0.0f); }
@@ -148,12 +169,20 @@ struct Row {
       : start(start),
         head(static_cast<unsigned>(reinterpret_cast<uintptr_t>(start) % 16 / sizeof(typename Logits::Bits))) {}
 
+  __device__ __forceinline__ const typename Logits::Bits* at(unsigned position) const {
+    return start + (static_cast<int64_t>(position) - static_cast<int64_t>(head));
+  }
+
+  // The vector at `position`, which lies in the row. Nobody reads it again: it need not stay in a cache.
+  __device__ __forceinline__ void load_whole(uint32_t (&words)[4], unsigned position) const {
+    const uint4 vector = __ldcs(reinterpret_cast<const uint4*>(at(position)));
+    words[0] = vector.x, words[1] = vector.y, words[2] = vector.z, words[3] = vector.w;
+  }
+
   // The vector at `position`; what lies before the row, or at and behind `stop`, is -inf and not read.
   __device__ __forceinline__ void load(uint32_t (&words)[4], unsigned position, unsigned stop) const {
-    const typename Logits::Bits* source = start + (static_cast<int64_t>(position) - static_cast<int64_t>(head));
     if (position >= head && position + Logits::kElements <= stop) {
-      const uint4 vector = __ldcs(reinterpret_cast<const uint4*>(source));
-      words[0] = vector.x, words[1] = vector.y, words[2] = vector.z, words[3] = vector.w;
+      load_whole(words, position);
       return;
     }
 #pragma unroll
@@ -162,7 +191,7 @@ struct Row {
 #pragma unroll 1  // rare, and registers are dear
     for (int e = 0; e < Logits::kElements; ++e) {
       const bool inside = position + e >= head && position + e < stop;
-      shift_in<Logits>(words, inside ? source[e] : Logits::kNegativeInfinity);
+      shift_in<Logits>(words, inside ? at(position)[e] : Logits::kNegativeInfinity);
     }
   }
 };
@@ -229,6 +258,7 @@ __device__ __forceinline__ unsigned sieve(Candidates<kCapacity>& shared, unsigne
   __syncthreads();
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
+#pragma unroll 1  // rare, and registers are dear
     for (int i = 0; i < v * kWarps + warp; ++i) place[v] += shared.tied[i];
     if (ranks[v] == low && place[v] >= k - above) ranks[v] = 0;
   }
@@ -265,9 +295,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) topk_partial_kernel(
   const Scale scale(row_temperature, row_index, temperature);
   const Row<Logits> row(logits + row_index * stride_logits_n);
   const unsigned tiles = (row.head + vocab + (kTile - 1)) / kTile;
-  const unsigned first = static_cast<unsigned>(static_cast<uint64_t>(tiles) * split / splits) * kTile;
-  const unsigned stop =
-      min(static_cast<unsigned>(static_cast<uint64_t>(tiles) * (split + 1) / splits) * kTile, row.head + vocab);
+  const unsigned first = tiles * split / splits * kTile;  // at most 2^20 tiles and 32 splits
+  const unsigned stop = min(tiles * (split + 1) / splits * kTile, row.head + vocab);
 
   if (threadIdx.x == 0) shared.held = 0;  // the barrier of the first tile comes before any use
   float largest = -infinity(), sum = 0.0f, lost = 0.0f;
@@ -283,7 +312,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) topk_partial_kernel(
     for (int v = 0; v < kVectors; ++v) {
 #pragma unroll
       for (int w = 0; w < 4; ++w) words[v][w] = next[v][w];
-      row.load(next[v], position + kTile + v * kStep, stop);
+      if (tile + 2 * kTile <= stop) {
+        row.load_whole(next[v], position + kTile + v * kStep);
+      } else {
+        row.load(next[v], position + kTile + v * kStep, stop);
+      }
     }
 
     // The maximum of z is the z of the maximum: only it and the candidates are divided.
@@ -317,16 +350,23 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) topk_partial_kernel(
     if (count == 0) continue;
     unsigned least = threshold + 1;
     if (count > max(k, kCrowd)) least = threshold = sieve(shared, ranks, threshold, k);
+    // Few elements are worth a division: of the vectors that take part, those that could pass.
+    unsigned chosen = 0;
+    const float lowest = scale.lowest(least);
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       if (ranks[v] < least) continue;
-      int id = static_cast<int>(position + v * kStep - row.head);
-#pragma unroll 1  // a few lanes come here: registers are dearer
-      for (int e = 0; e < kElements; ++e, ++id) {
-        const unsigned rank = scale.rank(Logits::element(words[v], 0));
-        shift_in<Logits>(words[v], 0);
-        if (rank >= least) shared.keys[atomicAdd(&shared.held, 1)] = make_key(rank, id);
-      }
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) chosen |= Logits::element(words[v], e) >= lowest ? 1u << (v * kElements + e) : 0u;
+    }
+    for (; chosen != 0; chosen &= chosen - 1) {
+      const int v = (__ffs(chosen) - 1) / kElements, e = (__ffs(chosen) - 1) % kElements;
+      float logit = Logits::pick(words[0], e);
+#pragma unroll
+      for (int other = 1; other < kVectors; ++other) logit = v == other ? Logits::pick(words[other], e) : logit;
+      const unsigned rank = scale.rank(logit);
+      const int id = static_cast<int>(position + v * kStep + e - row.head);
+      if (rank >= least) shared.keys[atomicAdd(&shared.held, 1)] = make_key(rank, id);
     }
     __syncthreads();
     if (shared.held > k + kSlack) threshold = flush(shared, k);

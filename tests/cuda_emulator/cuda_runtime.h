@@ -29,6 +29,7 @@ inline const char* cudaGetErrorString(cudaError_t error) { return error; }
 inline float __uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 inline uint32_t __float_as_uint(float value) { return std::bit_cast<uint32_t>(value); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline int __ffs(uint32_t bits) { return bits ? std::countr_zero(bits) + 1 : 0; }
 inline int __popc(uint32_t bits) { return std::popcount(bits); }
 inline uint32_t __funnelshift_rc(uint32_t low, uint32_t high, uint32_t shift) {
   return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> std::min(shift, 32u));

@@ -265,6 +265,16 @@ def test_ties_made_by_rounding_go_to_the_lowest_id(launch: Launch) -> None:
         assert torch.equal(out["ids"], topk_logprobs(logits, ids, 50, temperature=temperature, backend="reference").ids)
 
 
+@pytest.mark.parametrize("temperature", [0.7, 1.2, 3.0, 7e-3, 900.0])
+@pytest.mark.parametrize(("start", "step"), [(1.5, 2.0**-23), (-1.5, 2.0**-23), (0.0, 2.0**-149), (-(2.0**-139), 2.0**-149)])
+def test_one_step_above_the_threshold_is_enough(launch: Launch, temperature: float, start: float, step: float) -> None:
+    """Logits rise by one float every hundred ids, so that what comes is the least that must not be filtered out."""
+    logits = (start + (torch.arange(3 * 2048) // 100).double() * step).float()[None]
+    ids = torch.tensor([3])
+    expected = topk_logprobs(logits, ids, 50, temperature=temperature, backend="reference")
+    assert torch.equal(launch(logits, ids, 50, temperature)["ids"], expected.ids)
+
+
 @given(case=kernel_cases(), seeds=st.lists(st.integers(1, 2**31), min_size=2, max_size=2))
 @example(case=replace(CASE, kind="ties", k=128, splits=5), seeds=[1, 2])
 @settings(max_examples=15)
@@ -324,6 +334,14 @@ def test_large_vocabularies_keep_six_digits(launch: Launch) -> None:
         assert torch.equal(out["ids"], exact.ids)
         for name in ("logprobs", "sampled_logprobs", "lse"):
             assert (out[name] - getattr(exact, name)).abs().max() <= 3e-6, name
+
+
+def test_equal_terms_do_not_drift(launch: Launch) -> None:
+    """Added up without compensation, five hundred tiles of equal terms that round the same way would be 7e-6 off."""
+    logits = torch.tensor([[13.041708], [13.160804], [10.421608], [15.383920]]).repeat(1, 1 << 20)
+    logits[:, 70000] = 16.0
+    lse = launch(logits, torch.tensor([1, 1, 1, 1]), 20)["lse"]
+    assert (lse - logits.double().logsumexp(1)).abs().max() <= 2e-6  # half a unit in the last place of lse is 1e-6
 
 
 @pytest.mark.parametrize("kind", ["ascending", "descending", "normal", "ties", "few_finite"])
