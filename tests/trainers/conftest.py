@@ -118,6 +118,33 @@ def make_trainer(model, tokenizer, prompts, make_config) -> Callable[..., DPPOTr
     return make
 
 
+@pytest.fixture
+def tool_chats(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> tuple[Dataset, Callable[[int], str]]:
+    """Prompts and a tool for TRL's own tool loop: some rows call it after their first turn, and one of them twice."""
+    calls = {"n": 0}
+
+    def fake_parse(tokenizer_: Any, ids: list[int], prefix: Any = None, tools: Any = None) -> dict[str, Any]:
+        calls["n"] += 1
+        message: dict[str, Any] = {"role": "assistant", "content": tokenizer_.decode(ids, skip_special_tokens=True)}
+        if calls["n"] in (2, 3, 6):  # rows 1 and 2 of the first turn, then one row of the second
+            message["tool_calls"] = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+        return message
+
+    def add(a: int) -> str:
+        """Add one.
+
+        Args:
+            a: A number.
+        """
+        return "42"
+
+    monkeypatch.setattr("trl.trainer.grpo_trainer.parse_response", fake_parse)
+    monkeypatch.setattr(tokenizer, "response_template", {"type": "object"}, raising=False)
+    monkeypatch.setattr(tokenizer, "response_schema", {"type": "object"}, raising=False)
+    chats = Dataset.from_dict({"prompt": [[{"role": "user", "content": f"{a}?"}] for a in range(64)]})
+    return chats, add
+
+
 def history(trainer: Any, key: str) -> list[float]:
     """Logged values of one metric, in order."""
     return [entry[key] for entry in trainer.state.log_history if entry.get(key) is not None]

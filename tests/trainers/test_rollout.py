@@ -76,31 +76,9 @@ def test_generate_is_restored_and_memory_is_columns_only(make_trainer, model) ->
 
 
 @pytest.mark.parametrize("kind", ["topk_tv", "binary_kl"])
-def test_tool_turns_stay_aligned_and_masked(make_trainer, tokenizer, monkeypatch, kind: str) -> None:
+def test_tool_turns_stay_aligned_and_masked(make_trainer, tool_chats, kind: str) -> None:
     """TRL's own tool loop: some rows call a tool after their first turn, and one of them twice."""
-    calls = {"n": 0}
-
-    def fake_parse(tokenizer_: Any, ids: list[int], prefix: Any = None, tools: Any = None) -> dict[str, Any]:
-        calls["n"] += 1
-        message: dict[str, Any] = {"role": "assistant", "content": tokenizer_.decode(ids, skip_special_tokens=True)}
-        if calls["n"] in (2, 3, 6):  # rows 1 and 2 of the first turn, then one row of the second
-            message["tool_calls"] = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
-        return message
-
-    def add(a: int) -> str:
-        """Add one.
-
-        Args:
-            a: A number.
-        """
-        return "42"
-
-    monkeypatch.setattr("trl.trainer.grpo_trainer.parse_response", fake_parse)
-    monkeypatch.setattr(tokenizer, "response_template", {"type": "object"}, raising=False)
-    monkeypatch.setattr(tokenizer, "response_schema", {"type": "object"}, raising=False)
-    from datasets import Dataset
-
-    chats = Dataset.from_dict({"prompt": [[{"role": "user", "content": f"{a}?"}] for a in range(64)]})
+    chats, add = tool_chats
     trainer = make_trainer(
         Recording, train_dataset=chats, tools=[add], divergence_type=kind, divergence_topk=3, max_steps=2,
         max_completion_length=24, steps_per_generation=1, num_iterations=2, per_device_train_batch_size=4,

@@ -77,28 +77,8 @@ def test_recorded_columns_equal_recomputed_ones(make_trainer, engine, model, k: 
 
 
 @pytest.mark.parametrize("kind", ["topk_kl", "binary_tv"])
-def test_tool_turns_stay_aligned(make_trainer, tokenizer, monkeypatch, engine, kind: str) -> None:
-    calls = {"n": 0}
-
-    def fake_parse(tokenizer_: Any, ids: list[int], prefix: Any = None, tools: Any = None) -> dict[str, Any]:
-        calls["n"] += 1
-        message: dict[str, Any] = {"role": "assistant", "content": tokenizer_.decode(ids, skip_special_tokens=True)}
-        if calls["n"] in (2, 3, 6):  # rows 1 and 2 of the first turn, then one row of the second
-            message["tool_calls"] = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
-        return message
-
-    def add(a: int) -> str:
-        """Add one.
-
-        Args:
-            a: A number.
-        """
-        return "42"
-
-    monkeypatch.setattr("trl.trainer.grpo_trainer.parse_response", fake_parse)
-    monkeypatch.setattr(tokenizer, "response_template", {"type": "object"}, raising=False)
-    monkeypatch.setattr(tokenizer, "response_schema", {"type": "object"}, raising=False)
-    chats = Dataset.from_dict({"prompt": [[{"role": "user", "content": f"{a}?"}] for a in range(64)]})
+def test_tool_turns_stay_aligned(make_trainer, tool_chats, engine, kind: str) -> None:
+    chats, add = tool_chats
     trainer = make_trainer(
         Recording, train_dataset=chats, tools=[add], use_vllm=True, vllm_mode="colocate", divergence_type=kind,
         divergence_topk=3, max_steps=2, max_completion_length=24, steps_per_generation=1, num_iterations=2,
