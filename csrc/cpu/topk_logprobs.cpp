@@ -25,13 +25,12 @@ namespace dppo {
 namespace {
 
 constexpr int BLOCK = 2048;
-constexpr int COLUMNS = MAX_K;  // at least K of them, for the bar of a crowded block
-constexpr int LOOK = 32;        // elements tested at once for a candidate
-constexpr int SUM = 256;        // exponentials added in float32 before float64 takes over
+constexpr int COLUMNS = 2 * MAX_K;  // more than K of them, for the bar of a crowded block
+constexpr int SUM = 256;            // exponentials added in float32 before float64 takes over
 constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr float LOG2_E = 1.44269504f;
 
-static_assert(BLOCK % COLUMNS == 0 && COLUMNS % LOOK == 0 && BLOCK % SUM == 0);
+static_assert(BLOCK % COLUMNS == 0 && BLOCK % SUM == 0);
 
 inline float as_float(uint32_t bits) {
   float value;
@@ -144,19 +143,6 @@ inline float key_value(uint64_t key) {
 
 inline int64_t key_id(uint64_t key) { return uint32_t(~uint32_t(key)); }
 
-// Append the keys of all z > bar; returns how many there are then.
-PER_TARGET int collect(const float* z, float bar, int64_t first_id, uint64_t* keys, int count) {
-  for (int first = 0; first < BLOCK; first += LOOK) {
-    int any = 0;
-    for (int i = 0; i < LOOK; ++i) any |= z[first + i] > bar;
-    if (!any) continue;
-    for (int i = first; i < first + LOOK; ++i) {
-      if (z[i] > bar) keys[count++] = make_key(z[i], first_id + i);
-    }
-  }
-  return count;
-}
-
 // The K best tokens so far, and some that may still turn out to be among them.
 class Candidates {
  public:
@@ -173,7 +159,12 @@ class Candidates {
       std::nth_element(best, best + k_ - 1, best + COLUMNS, std::greater<float>());
       bar = std::nextafter(best[k_ - 1], -INF);  // > this means >= the K-th largest maximum
     }
-    count_ = collect(z, bar, first_id, keys_, count_);
+    for (int c = 0; c < COLUMNS; ++c) {
+      if (!(column_max[c] > bar)) continue;
+      for (int i = c; i < BLOCK; i += COLUMNS) {
+        if (z[i] > bar) keys_[count_++] = make_key(z[i], first_id + i);
+      }
+    }
     if (count_ > room_ || (bar_ == -INF && count_ >= k_)) {
       std::nth_element(keys_, keys_ + k_ - 1, keys_ + count_, std::greater<uint64_t>());
       count_ = k_;
