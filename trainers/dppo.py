@@ -16,7 +16,7 @@ from dppo_kernels.trainers.neutral_sampling import check_sampling, check_vllm_sa
 from dppo_kernels.trainers.normaliser import accumulation_steps, tokens_per_window
 from dppo_kernels.trainers.resume import ExactResumeMixin
 from dppo_kernels.trainers.rollout import RolloutCaptureMixin
-from dppo_kernels.trainers.rollout_vllm import prepare_engine
+from dppo_kernels.trainers.rollout_vllm import prepare_engine, warn_of_merging
 from dppo_kernels.trainers.scoring import IGNORE_INDEX, install_scoring
 
 # GRPO options that mean nothing here: the loss, its ratio and its correction are DPPO's own.
@@ -161,6 +161,7 @@ class DPPOTrainer(MismatchMonitorMixin, ExactResumeMixin, RolloutCaptureMixin, G
         self._check_model(policy)
         if self.use_vllm:
             prepare_engine(self, self.rollout_topk)
+            warn_of_merging(self.model)
         for scored in (policy, self.ref_model):
             if scored is not None:
                 base = self.accelerator.unwrap_model(scored)

@@ -34,7 +34,6 @@ def prepare_engine(trainer: Any, k: int) -> None:
             "of them has tool calls, which hangs or mixes up completions. Use `vllm_mode='colocate'` with "
             "`vllm_tensor_parallel_size=1`"
         )
-    warn_of_merging(trainer.accelerator.unwrap_model(trainer.model))
     generation.logprobs = k
     if generation.mode == "server":
         is_main = trainer.accelerator.is_main_process
