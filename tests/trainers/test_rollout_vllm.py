@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
@@ -108,6 +109,7 @@ def test_lora_is_merged_into_the_engine(make_trainer, engine) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merging_into_16_bit_weights_is_warned_of(model, dtype: torch.dtype, caplog) -> None:
+    PartialState(cpu=True)  # what the logger asks which process it is on
     warn_of_merging(model.to(dtype))
     lora = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     assert not caplog.records
