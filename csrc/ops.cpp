@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <optional>
 
 #include "cpu/topk_logprobs.h"
@@ -27,6 +28,12 @@ dppo::Dtype dtype_of(const Tensor& logits) {
   }
 }
 
+void check_rows(std::initializer_list<const Tensor*> tensors, int64_t n) {
+  for (const Tensor* tensor : tensors) {
+    STD_TORCH_CHECK(tensor->is_cpu() && tensor->is_contiguous() && tensor->size(0) == n, "expected contiguous CPU tensors of ", n, " rows");
+  }
+}
+
 void topk_logprobs(
     const Tensor& logits,       // [N, V], elements of a row side by side
     const Tensor& sampled_ids,  // [N] int64
@@ -40,8 +47,8 @@ void topk_logprobs(
   if (n == 0) return;
   STD_TORCH_CHECK(1 <= k && k <= std::min<int64_t>(vocab, dppo::MAX_K), "K must be in [1, min(V, ", dppo::MAX_K, ")]");
   STD_TORCH_CHECK(vocab == 1 || logits.stride(1) == 1, "elements of a row of logits must lie side by side");
-  STD_TORCH_CHECK(sampled_ids.is_contiguous() && ids.is_contiguous() && logprobs.is_contiguous());
-  STD_TORCH_CHECK(sampled_logprobs.is_contiguous() && lse.is_contiguous());
+  check_rows({&sampled_ids, &ids, &logprobs, &sampled_logprobs, &lse, row_temperature ? &*row_temperature : &lse}, n);
+  STD_TORCH_CHECK(logprobs.size(1) == k + 1, "ids and logprobs must have the same columns");
   const dppo::Dtype dtype = dtype_of(logits);
   const auto* rows = static_cast<const char*>(logits.const_data_ptr());
   const int64_t row_bytes = stride * int64_t(logits.element_size());

@@ -91,6 +91,8 @@ def _extension_obstacle(name: str, device: torch.device, dtype: torch.dtype) -> 
         return f"it serves {wanted} tensors, these are on {device.type}"
     if not extension.loaded:
         return extension.reason
+    if name == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
+        return "it is compiled for sm_80 and later"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it serves float32, bfloat16 and float16, these tensors are {str(dtype).removeprefix('torch.')}"
     return None

@@ -17,6 +17,8 @@ class Extension(NamedTuple):
 
 
 def _load(name: str) -> Extension:
+    if _is_loaded(name):
+        return Extension(True, "loaded before")  # a second copy would end the process
     path = next(_FOLDER.glob(f"{name}.*so"), None)
     if path is None:
         return Extension(False, f"not built: {_why_not_built(name)}")
@@ -27,11 +29,18 @@ def _load(name: str) -> Extension:
     return Extension(True, path.name)
 
 
+def _is_loaded(name: str) -> bool:
+    return hasattr(getattr(torch.ops, f"dppo_kernels{name}"), "topk_logprobs")
+
+
 def _why_not_built(name: str) -> str:
     report = _FOLDER / "_build.json"
     if not report.is_file():
         return "no build was tried (pip install --no-build-isolation, without DPPO_KERNELS_SKIP_EXT)"
-    reason = json.loads(report.read_text()).get(name, "unknown to the build")
+    try:
+        reason = json.loads(report.read_text()).get(name, "unknown to the build")
+    except (OSError, ValueError) as error:
+        return f"{report.name} cannot be read ({error})"
     return "its file is gone since" if reason == "built" else reason
 
 

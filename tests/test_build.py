@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -41,22 +42,26 @@ def report(checkout: Path) -> dict[str, str]:
     return json.loads((checkout / "dppo_kernels" / "_build.json").read_text())
 
 
-@pytest.fixture
-def no_torch(tmp_path_factory) -> str:
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        ("ImportError('no torch here')", "--force-reinstall"),
+        ("OSError('libcublas.so.12: cannot open')", "(importing it failed: OSError: lib"),
+    ],
+)
+def test_without_torch_the_wheel_is_pure_and_says_why(checkout: Path, tmp_path_factory, broken: str, reason: str) -> None:
     folder = tmp_path_factory.mktemp("no_torch")
-    (folder / "torch.py").write_text("raise ImportError('no torch here')\n")
-    return str(folder)
-
-
-def test_without_torch_nothing_is_built_and_the_reason_is_kept(checkout: Path, no_torch: str) -> None:
-    result = build(checkout, PYTHONPATH=no_torch)
+    (folder / "torch.py").write_text(f"raise {broken}\n")
+    result = build(checkout, "-q", "bdist_wheel", PYTHONPATH=str(folder))
     assert result.returncode == 0, result.stderr
-    assert set(report(checkout).values()) == {
-        "torch was not found when this was installed: install torch, then this with --no-build-isolation"
-    }
-    required = build(checkout, PYTHONPATH=no_torch, DPPO_KERNELS_REQUIRE_EXT="1")
+    [wheel] = checkout.glob("dist/*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    said = json.loads(zipfile.ZipFile(wheel).read("dppo_kernels/_build.json"))
+    assert set(said) == {"_C", "_C_cuda"}
+    assert all(text.startswith("torch was not found") and reason in text for text in said.values())
+    required = build(checkout, PYTHONPATH=str(folder), DPPO_KERNELS_REQUIRE_EXT="1")
     assert required.returncode != 0
-    assert "dppo_kernels._C cannot be built: torch was not found" in required.stderr
+    assert "the extensions cannot be built: torch was not found" in required.stderr
 
 
 def test_without_a_compiler_nothing_is_built_and_the_reason_is_kept(checkout: Path) -> None:
@@ -69,10 +74,23 @@ def test_without_a_compiler_nothing_is_built_and_the_reason_is_kept(checkout: Pa
     assert build(checkout, DPPO_KERNELS_REQUIRE_EXT="1", **broken).returncode != 0
 
 
-def test_a_source_that_does_not_compile_is_left_out(checkout: Path) -> None:
+def test_a_source_that_does_not_compile_is_left_out_with_what_was_built_before(checkout: Path) -> None:
     (checkout / "csrc" / "ops.cpp").write_text("#error not today\n")
+    before = checkout / "dppo_kernels" / "_C.abi3.so"
+    before.write_text("of an earlier build")
     assert build(checkout).returncode == 0
     assert report(checkout)["_C"].startswith("its build failed")
+    assert not before.exists()
+
+
+def test_a_toolkit_that_does_not_run_loses_only_its_extension(checkout: Path) -> None:
+    toolkit = checkout / "toolkit"
+    for file in ("include/cuda_runtime.h", "bin/nvcc", "lib64/libcudart_static.a"):
+        (toolkit / file).parent.mkdir(parents=True)
+        (toolkit / file).write_text("not executable")
+    broken = {"CC": "no-such-compiler", "CXX": "no-such-compiler", "CUDA_HOME": str(toolkit), "FORCE_CUDA": "1"}
+    assert build(checkout, **broken).returncode == 0
+    assert report(checkout)["_C_cuda"].startswith("its build failed: PermissionError")
 
 
 def test_a_wheel_without_extensions_is_for_every_machine(checkout: Path) -> None:
@@ -83,6 +101,7 @@ def test_a_wheel_without_extensions_is_for_every_machine(checkout: Path) -> None
 
 def test_a_missing_or_broken_file_is_explained(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(_ext, "_FOLDER", tmp_path)
+    monkeypatch.setattr(_ext, "_is_loaded", lambda name: False)
     assert _ext._load("_C") == (
         False,
         "not built: no build was tried (pip install --no-build-isolation, without DPPO_KERNELS_SKIP_EXT)",
@@ -90,6 +109,8 @@ def test_a_missing_or_broken_file_is_explained(tmp_path: Path, monkeypatch) -> N
     (tmp_path / "_build.json").write_text('{"_C": "built", "_C_cuda": "no CUDA toolkit (set CUDA_HOME)"}')
     assert _ext._load("_C") == (False, "not built: its file is gone since")
     assert _ext._load("_C_cuda") == (False, "not built: no CUDA toolkit (set CUDA_HOME)")
+    (tmp_path / "_build.json").write_text("")
+    assert "_build.json cannot be read" in _ext._load("_C_cuda").reason
     (tmp_path / "_C.abi3.so").write_text("not a library")
     loaded, reason = _ext._load("_C")
     assert not loaded

@@ -25,7 +25,8 @@ GATES = {
     ("linear_policy_loss_half", POLICY_SHAPE, "forward+backward", FLOAT): {"trl": 5.0, "naive": 1.8},
     ("topk_logprobs", STEP, "forward", FLOAT): {"naive": 5.0},
     ("topk_logprobs", STEP, "forward", BFLOAT): {"naive": 7.0},
-    ("topk_logprobs_ascending", STEP, "forward", FLOAT): {"naive": 1.0},
+    ("topk_logprobs_ascending", STEP, "forward", FLOAT): {"naive": 1.0, "naive_in_dtype": 1.0},
+    ("topk_logprobs_ascending", STEP, "forward", BFLOAT): {"naive": 1.0, "naive_in_dtype": 1.0},
 }
 
 

@@ -61,7 +61,7 @@ TRANSFORMERS_TRAINER_ATTRIBUTES = ("generation_config",)
 # VLLMGeneration: what is called with which arguments, and what is read or set. It imports without vLLM.
 VLLM_GENERATE_ARGUMENTS = ("self", "prompts", "images", "num_generations", "profiler")
 VLLM_METHODS = ("generate", "sync_weights")
-VLLM_ATTRIBUTES = ("logprobs", "mode", "tensor_parallel_size")
+VLLM_ATTRIBUTES = ("generation_kwargs", "logprobs", "mode", "tensor_parallel_size")
 
 # Looked up by the forward of every fused lm_head on each call: replacing them reaches trainers that exist already.
 SCORING_FUNCTION = "_ChunkedLogProbFunction"

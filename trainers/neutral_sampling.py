@@ -8,14 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 # Generation settings that reshape the distribution tokens are drawn from, and the values at which they do nothing.
-_BOTH: dict[str, tuple[Any, ...]] = {
+NEUTRAL_FOR_TRANSFORMERS: dict[str, tuple[Any, ...]] = {
     "top_k": (None, 0),
     "top_p": (None, 1.0),
     "min_p": (None, 0.0),
     "repetition_penalty": (None, 1.0),
-}
-NEUTRAL_FOR_TRANSFORMERS: dict[str, tuple[Any, ...]] = {
-    **_BOTH,
     "do_sample": (True,),
     "num_return_sequences": (None, 1),
     "return_dict_in_generate": (None, False),
@@ -43,12 +40,15 @@ NEUTRAL_FOR_TRANSFORMERS: dict[str, tuple[Any, ...]] = {
     "prompt_lookup_num_tokens": (None,),
     "assistant_early_exit": (None,),
 }
+# None is no value for vLLM: a server takes the default of the model's generation config in its place.
 NEUTRAL_FOR_VLLM: dict[str, tuple[Any, ...]] = {
-    **_BOTH,
-    "top_k": (None, -1, 0),
+    "top_k": (-1, 0),
+    "top_p": (1.0,),
+    "min_p": (None, 0.0),  # TRL sends 0 for None
+    "repetition_penalty": (1.0,),
     "min_tokens": (None, 0),  # hides EOS
-    "presence_penalty": (None, 0.0),
-    "frequency_penalty": (None, 0.0),
+    "presence_penalty": (0.0,),
+    "frequency_penalty": (0.0,),
     "logit_bias": (None,),
     "allowed_token_ids": (None,),
     "bad_words": (None, []),
@@ -105,6 +105,8 @@ def check_vllm_sampling(settings: Mapping[str, Any], generation_kwargs: Mapping[
         raise ValueError(f"`temperature` must be at least {VLLM_MIN_TEMPERATURE} with vLLM, got {temperature}: it raises it")
     extra = generation_kwargs or {}
     check_sampling(extra, temperature, NEUTRAL_FOR_VLLM)
+    if "temperature" in extra and extra["temperature"] is None:
+        raise ValueError("`generation_kwargs` holds `temperature`=None, in whose place a server takes the model's default")
     for name, value in extra.items():
         if name == "seed":
             raise ValueError(

@@ -40,6 +40,8 @@ def prepare_engine(trainer: Any, k: int) -> None:
         info = [generation.vllm_client.get_server_info() if is_main else None]
         broadcast_object_list(info, from_process=0)  # so that all processes refuse together
         check_server(info[0], k)
+        # What a request leaves out, a server takes from the model's generation config.
+        generation.generation_kwargs = {"presence_penalty": 0.0, "frequency_penalty": 0.0, **generation.generation_kwargs}
     else:
         allow_logprobs(generation.llm, k)
         # The engine samples from this process's generators, and seeded them with the rank alone when it was built. Processes

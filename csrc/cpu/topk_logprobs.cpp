@@ -13,14 +13,6 @@
 #include <functional>
 #include <limits>
 
-// Loops are compiled for several instruction sets and chosen when the library is loaded. Sanitizers run before the choice.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__) && \
-    !defined(DPPO_ONE_TARGET)
-#define PER_TARGET __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define PER_TARGET
-#endif
-
 namespace dppo {
 namespace {
 
@@ -64,69 +56,61 @@ inline float widen(Float16 x) {
   return as_float(bits | uint32_t(x.bits & 0x8000) << 16);
 }
 
-// 2^x for x <= 0, to 2e-7; below -126 it is 2^-126 = 1e-38, which no sum notices. NaN stays NaN.
-inline float exp2_nonpositive(float x) {
-  constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-  x = x < -126.0f ? -126.0f : x;
-  const float shifted = x + ROUND;
-  const float r = x - (shifted - ROUND);
-  float p = 1.32764720e-3f;  // minimax in relative error on [-1/2, 1/2]
-  p = p * r + 9.67554133e-3f;
-  p = p * r + 5.55071327e-2f;
-  p = p * r + 2.40221197e-1f;
-  p = p * r + 6.93146967e-1f;
-  p = p * r + 1.0f;
-  return p * as_float((as_bits(shifted) << 23) + 0x3f800000);
-}
-
 inline float larger(float x, float max) { return x > max ? x : max; }
 
-// z of a whole block, the largest of every column, and of all (NaNs are passed over: they reach the sum).
-template <class T>
-inline float scale_block(const T* logits, float temperature, float* z, float* column_max) {
-  std::fill_n(column_max, COLUMNS, -INF);
-  if (temperature == 1.0f) {
-    for (int first = 0; first < BLOCK; first += COLUMNS) {
-      for (int c = 0; c < COLUMNS; ++c) {
-        z[first + c] = widen(logits[first + c]);
-        column_max[c] = larger(z[first + c], column_max[c]);
-      }
-    }
-  } else {
-    for (int first = 0; first < BLOCK; first += COLUMNS) {
-      for (int c = 0; c < COLUMNS; ++c) {
-        z[first + c] = widen(logits[first + c]) / temperature;
-        column_max[c] = larger(z[first + c], column_max[c]);
-      }
-    }
+// What is compiled for several instruction sets, and chosen by what the processor has.
+struct Loops {
+  float (*scale_float32)(const float* logits, float temperature, float* z, float* column_max);
+  float (*scale_bfloat16)(const BFloat16* logits, float temperature, float* z, float* column_max);
+  float (*scale_float16)(const Float16* logits, float temperature, float* z, float* column_max);
+  double (*sum_exp)(const float* z, float max);
+
+  float scale(const float* x, float t, float* z, float* column_max) const { return scale_float32(x, t, z, column_max); }
+  float scale(const BFloat16* x, float t, float* z, float* column_max) const { return scale_bfloat16(x, t, z, column_max); }
+  float scale(const Float16* x, float t, float* z, float* column_max) const { return scale_float16(x, t, z, column_max); }
+};
+
+namespace baseline {
+#include "topk_loops.inc"
+}
+
+#if defined(__x86_64__) && defined(__clang__)
+#define DPPO_TARGETS
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+namespace avx2 {
+#include "topk_loops.inc"
+}
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), apply_to = function)
+namespace avx512 {
+#include "topk_loops.inc"
+}
+#pragma clang attribute pop
+#elif defined(__x86_64__) && defined(__GNUC__)
+#define DPPO_TARGETS
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace avx2 {
+#include "topk_loops.inc"
+}
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
+namespace avx512 {
+#include "topk_loops.inc"
+}
+#pragma GCC pop_options
+#endif
+
+const Loops& pick_loops() {
+#if defined(DPPO_TARGETS) && !defined(DPPO_BASELINE_ONLY)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return wide ? avx512::LOOPS : avx2::LOOPS;
   }
-  float max = -INF;
-#pragma omp simd reduction(max : max)
-  for (int c = 0; c < COLUMNS; ++c) max = larger(column_max[c], max);
-  return max;
-}
-
-PER_TARGET float scale(const float* logits, float temperature, float* z, float* column_max) {
-  return scale_block(logits, temperature, z, column_max);
-}
-
-PER_TARGET float scale(const BFloat16* logits, float temperature, float* z, float* column_max) {
-  return scale_block(logits, temperature, z, column_max);
-}
-
-PER_TARGET float scale(const Float16* logits, float temperature, float* z, float* column_max) {
-  return scale_block(logits, temperature, z, column_max);
-}
-
-PER_TARGET double sum_exp(const float* z, float max) {
-  double total = 0;
-  for (int first = 0; first < BLOCK; first += SUM) {
-    float part = 0;
-#pragma omp simd reduction(+ : part)
-    for (int i = 0; i < SUM; ++i) part += exp2_nonpositive((z[first + i] - max) * LOG2_E);
-    total += part;
-  }
-  return total;
+#endif
+  return baseline::LOOPS;
 }
 
 // Larger key = better token. Zeros of both signs are equal.
@@ -152,18 +136,13 @@ class Candidates {
   float bar() const { return bar_; }
 
   void add_block(const float* z, const float* column_max, int64_t first_id) {
-    float bar = bar_;
-    if (std::count_if(column_max, column_max + COLUMNS, [bar](float x) { return x > bar; }) > k_) {
+    if (std::count_if(column_max, column_max + COLUMNS, [this](float x) { return x > bar_; }) > k_) {
       float best[COLUMNS];
       std::copy_n(column_max, COLUMNS, best);
       std::nth_element(best, best + k_ - 1, best + COLUMNS, std::greater<float>());
-      bar = std::nextafter(best[k_ - 1], -INF);  // > this means >= the K-th largest maximum
-    }
-    for (int c = 0; c < COLUMNS; ++c) {
-      if (!(column_max[c] > bar)) continue;
-      for (int i = c; i < BLOCK; i += COLUMNS) {
-        if (z[i] > bar) keys_[count_++] = make_key(z[i], first_id + i);
-      }
+      collect(z, column_max, first_id, [bar = best[k_ - 1]](float x) { return x >= bar; });
+    } else {
+      collect(z, column_max, first_id, [bar = bar_](float x) { return x > bar; });
     }
     if (count_ > room_ || (bar_ == -INF && count_ >= k_)) {
       std::nth_element(keys_, keys_ + k_ - 1, keys_ + count_, std::greater<uint64_t>());
@@ -181,6 +160,16 @@ class Candidates {
   uint64_t operator[](int i) const { return keys_[i]; }
 
  private:
+  template <class Passes>
+  void collect(const float* z, const float* column_max, int64_t first_id, Passes passes) {
+    for (int c = 0; c < COLUMNS; ++c) {
+      if (!passes(column_max[c])) continue;
+      for (int i = c; i < BLOCK; i += COLUMNS) {
+        if (passes(z[i])) keys_[count_++] = make_key(z[i], first_id + i);
+      }
+    }
+  }
+
   int k_, room_;
   int count_ = 0;
   float bar_ = -INF;
@@ -200,6 +189,7 @@ void score_row(
     float* lse_out) {
   alignas(64) float z[BLOCK];
   alignas(64) float column_max[COLUMNS];
+  static const Loops& loops = pick_loops();
   Candidates held(k);
   float max = -INF;
   double sum = 0;
@@ -207,7 +197,7 @@ void score_row(
     const int64_t n = std::min<int64_t>(BLOCK, vocab - first);
     float block_max = -INF;
     if (n == BLOCK) {
-      block_max = scale(logits + first, temperature, z, column_max);
+      block_max = loops.scale(logits + first, temperature, z, column_max);
     } else {  // -inf behind the end: no candidate, and nothing in the sum
       std::fill_n(column_max, COLUMNS, -INF);
       std::fill(z + n, z + BLOCK, -INF);
@@ -221,7 +211,7 @@ void score_row(
       sum *= std::exp(double(max) - double(block_max));
       max = block_max;
     }
-    sum += sum_exp(z, max == -INF ? 0.0f : max);
+    sum += loops.sum_exp(z, max == -INF ? 0.0f : max);
     if (block_max > held.bar()) held.add_block(z, column_max, first);
   }
 

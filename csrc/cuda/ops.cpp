@@ -42,18 +42,25 @@ void topk_logprobs(
   const int64_t n = logits.size(0), vocab = logits.size(1);
   if (n == 0) return;
   STD_TORCH_CHECK(vocab == 1 || logits.stride(1) == 1, "elements of a row of logits must lie side by side");
+  const int64_t k = ids.size(1) - 1, splits = partial_ids.size(1);
   for (const Tensor* tensor : std::initializer_list<const Tensor*>{
-           &sampled_ids, &ids, &logprobs, &sampled_logprobs, &lse, &partial_values, &partial_ids,
-           &partial_stats}) {
-    STD_TORCH_CHECK(tensor->is_contiguous(), "outputs, ids and workspace must be contiguous");
+           &sampled_ids, &ids, &logprobs, &sampled_logprobs, &lse, &partial_values, &partial_ids, &partial_stats,
+           row_temperature ? &*row_temperature : &lse}) {
+    STD_TORCH_CHECK(
+        tensor->get_device_index() == logits.get_device_index() && tensor->is_contiguous() && tensor->size(0) == n,
+        "expected contiguous tensors of ", n, " rows on the device of logits");
   }
+  STD_TORCH_CHECK(
+      logprobs.size(1) == k + 1 && partial_ids.size(2) == k && partial_values.size(1) == splits &&
+          partial_values.size(2) == k && partial_stats.size(1) == splits && partial_stats.size(2) == 2,
+      "outputs or workspace do not fit K and splits");
   const char* error = dppo::topk_logprobs_launch(
       logits.const_data_ptr(), sampled_ids.const_data_ptr<int64_t>(),
       row_temperature.has_value() ? row_temperature->const_data_ptr<float>() : nullptr,
       partial_values.mutable_data_ptr<float>(), partial_ids.mutable_data_ptr<int32_t>(),
       partial_stats.mutable_data_ptr<float>(), ids.mutable_data_ptr<int64_t>(), logprobs.mutable_data_ptr<float>(),
       sampled_logprobs.mutable_data_ptr<float>(), lse.mutable_data_ptr<float>(), type_of(logits), n, vocab,
-      int(ids.size(1) - 1), int(partial_ids.size(1)), float(temperature), logits.stride(0),
+      int(k), int(splits), float(temperature), logits.stride(0),
       reinterpret_cast<cudaStream_t>(stream));
   STD_TORCH_CHECK(error == nullptr, "topk_logprobs: ", error ? error : "");
 }

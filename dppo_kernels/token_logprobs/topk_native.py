@@ -47,7 +47,7 @@ def _prepare(
         logits.new_empty(n, dtype=torch.float32),
     )
     if isinstance(temperature, Tensor):
-        return logits, temperature, 1.0, out
+        return logits, temperature.contiguous(), 1.0, out
     return logits, None, temperature, out
 
 

@@ -59,6 +59,20 @@ def test_ties_go_to_the_lowest_id(backend: str) -> None:
     assert out.valid.tolist() == [[True] * 5, [True] * 4 + [False], [True] * 4 + [False]]
 
 
+@fast_backends
+def test_ties_at_zero_where_subnormals_are_flushed(backend: str) -> None:
+    """As a library compiled with -ffast-math leaves the processor: the number below 0 is 0 there."""
+    logits = torch.zeros(2, 5000)
+    logits[1, 4000] = 1.0
+    torch.set_flush_denormal(True)
+    try:
+        out = topk_logprobs(logits, torch.tensor([0, 0]), 3, backend=backend)
+    finally:
+        torch.set_flush_denormal(False)
+    assert out.ids[:, :3].tolist() == [[0, 1, 2], [4000, 0, 1]]
+    assert out.logprobs[:, :3].isfinite().all()
+
+
 @every_backend
 def test_ties_that_the_temperature_makes(backend: str) -> None:
     """1.5 and the next number above it are the same after division by 5: the lower id comes first."""
@@ -190,6 +204,12 @@ def test_views_are_read_in_place_or_copied(backend: str) -> None:
             strict=True,
         ):
             assert bit_equal(a, b)
+    temperature = torch.tensor([0.5, 9.0, 2.0, 9.0])[::2]
+    arguments = (torch.randn(2, 50), torch.tensor([0, 1]), 3, temperature, 1.0, True)
+    if backend != "reference":
+        op = torch.ops.dppo_kernels.topk_logprobs
+        for a, b in zip(op(*arguments, backend), op(*arguments, "torch"), strict=True):
+            torch.testing.assert_close(a, b)
     nothing = topk_logprobs(torch.zeros(2, 0, 7), torch.zeros(2, 0, dtype=torch.long), 3, backend=backend)
     assert nothing.ids.shape == (2, 0, 4)
     assert topk_logprobs(torch.zeros(7), torch.tensor(2), 3, backend=backend).ids.tolist() == [0, 1, 2, -1]

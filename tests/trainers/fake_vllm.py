@@ -88,6 +88,9 @@ class FakeLLM:
         pass
 
 
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+
+
 class FakeClient(vllm_client.VLLMClient):
     """TRL's client with a server that is a function call away."""
 
@@ -112,6 +115,8 @@ class FakeClient(vllm_client.VLLMClient):
         assert url.endswith("/v1/completions")
         assert json["return_token_ids"]
         assert json["return_tokens_as_token_ids"]
+        for name in ("temperature", "top_p", "top_k", "min_p", *PENALTIES):  # or the model's generation config decides
+            assert json.get(name) is not None, name
         choices = []
         for prompt in json["prompt"]:
             for _ in range(json["n"]):
