@@ -86,7 +86,11 @@ class BuildExtensions(build_ext):
     def run(self) -> None:
         self.report: dict[str, str] = {}
         super().run()
-        write_report(Path("dppo_kernels") if self.inplace else Path(self.build_lib, "dppo_kernels"), self.report)
+        folder = Path("dppo_kernels") if self.inplace else Path(self.build_lib, "dppo_kernels")
+        for name, outcome in self.report.items():
+            for stale in folder.glob(f"{name}.*so") if outcome != "built" else ():
+                stale.unlink()  # of an earlier build, and would be taken for this one's
+        write_report(folder, self.report)
 
     def build_extensions(self) -> None:
         built = []
@@ -103,9 +107,6 @@ class BuildExtensions(build_ext):
                 obstacle = f"its build failed: {first_line(error)}"
             if obstacle is not None:
                 print(f"{extension.name} was left out: {obstacle}")
-                # One of an earlier build would be taken for this one's.
-                for stale in (self.get_ext_fullpath(extension.name), self.get_ext_filename(extension.name)):
-                    Path(stale).unlink(missing_ok=True)
             self.report[extension.name.rpartition(".")[2]] = obstacle or "built"
         self.extensions = built  # a new list: the old one is the distribution's, by which a wheel gets its tag
 
