@@ -30,7 +30,8 @@ dppo::Dtype dtype_of(const Tensor& logits) {
 
 void check_rows(std::initializer_list<const Tensor*> tensors, int64_t n) {
   for (const Tensor* tensor : tensors) {
-    STD_TORCH_CHECK(tensor->is_cpu() && tensor->is_contiguous() && tensor->size(0) == n, "expected contiguous CPU tensors of ", n, " rows");
+    STD_TORCH_CHECK(
+        tensor->is_cpu() && tensor->is_contiguous() && tensor->size(0) == n, "expected contiguous CPU tensors of ", n, " rows");
   }
 }
 

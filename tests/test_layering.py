@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Lower numbers know nothing of higher ones. Modules of one number may share: both references are one formula.
 FAMILIES = ("linear_logprobs", "token_logprobs")
+COMPILED = (".cpp", ".cu", ".cuh", ".h", ".inc")
 ABOVE_POLICY = ("linear_policy_loss",)  # a family made of the others: its parts share one rank
 RANKS = {
     "_": 0,
@@ -112,5 +113,6 @@ def test_only_the_seam_reads_private_names_of_trl() -> None:
 
 def test_files_hold_one_idea() -> None:
     tracked = [p for folder in ("dppo_kernels", "trainers", "tests", "benchmarks") for p in (ROOT / folder).rglob("*.py")]
+    tracked += [p for folder in ("csrc", "tests") for p in (ROOT / folder).rglob("*") if p.suffix in COMPILED]
     long = {str(p.relative_to(ROOT)): n for p in tracked if (n := len(p.read_text().splitlines())) > 600}
     assert not long

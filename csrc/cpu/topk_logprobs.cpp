@@ -251,13 +251,16 @@ void topk_logprobs_row(
     float* logprobs,
     float* sampled_logprob,
     float* lse) {
+  const auto score = [=](const auto* row) {
+    score_row(row, vocab, sampled_id, k, temperature, ids, logprobs, sampled_logprob, lse);
+  };
   switch (dtype) {
     case Dtype::float32:
-      return score_row(static_cast<const float*>(logits), vocab, sampled_id, k, temperature, ids, logprobs, sampled_logprob, lse);
+      return score(static_cast<const float*>(logits));
     case Dtype::bfloat16:
-      return score_row(static_cast<const BFloat16*>(logits), vocab, sampled_id, k, temperature, ids, logprobs, sampled_logprob, lse);
+      return score(static_cast<const BFloat16*>(logits));
     case Dtype::float16:
-      return score_row(static_cast<const Float16*>(logits), vocab, sampled_id, k, temperature, ids, logprobs, sampled_logprob, lse);
+      return score(static_cast<const Float16*>(logits));
   }
 }
 

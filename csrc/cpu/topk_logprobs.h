@@ -9,9 +9,9 @@ constexpr int MAX_K = 128;
 
 enum class Dtype { float32, bfloat16, float16 };
 
-// z = logit / temperature in float32. Columns 0..k-1 are by (z descending, id ascending); column k holds the sampled token where
-// it is not among them, else id -1 and log-prob 0. A row with a NaN, with +inf or without a finite logit gets an LSE that is
-// not finite, and is otherwise meaningless. 1 <= k <= min(vocab, MAX_K), vocab < 2^31, 0 <= sampled_id < vocab.
+// z = logit / temperature in float32. Columns 0..k-1 are by (z descending, id ascending); column k holds the sampled token
+// where it is not among them, else id -1 and log-prob 0. A row with a NaN, with +inf or without a finite logit gets an LSE that
+// is not finite, and is otherwise meaningless. 1 <= k <= min(vocab, MAX_K), vocab < 2^31, 0 <= sampled_id < vocab.
 void topk_logprobs_row(
     const void* logits,  // [vocab]
     Dtype dtype,
