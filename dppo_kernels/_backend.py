@@ -38,13 +38,17 @@ def status() -> dict[str, tuple[bool, str]]:
         "reference": (True, "definition in plain torch, autograd through row chunks"),
         "torch": (True, f"tiled torch {torch.__version__}, {torch.get_num_threads()} CPU threads"),
         "triton": (obstacle is None, how if obstacle is None else obstacle),
-        "cpp": (_ext.CPU.loaded, _explain_extension(_ext.CPU, "C++ on CPU tensors")),
-        "cuda": (_ext.CUDA.loaded and torch.cuda.is_available(), _explain_extension(_ext.CUDA, "CUDA C++ on CUDA tensors")),
+        "cpp": (_ext.CPU.loaded, f"C++ on CPU tensors ({_ext.CPU.reason})" if _ext.CPU.loaded else _ext.CPU.reason),
+        "cuda": _cuda_status(),
     }
 
 
-def _explain_extension(extension: _ext.Extension, what: str) -> str:
-    return f"{what} ({extension.reason})" if extension.loaded else extension.reason
+def _cuda_status() -> tuple[bool, str]:
+    if not _ext.CUDA.loaded:
+        return False, _ext.CUDA.reason
+    if not torch.cuda.is_available():
+        return False, f"no CUDA device ({_ext.CUDA.reason} is loaded)"
+    return True, f"CUDA C++ on CUDA tensors ({_ext.CUDA.reason})"
 
 
 def resolve(op: str, backend: str | None, device: torch.device, dtype: torch.dtype) -> str:

@@ -93,10 +93,13 @@ def test_extensions_serve_their_device_where_they_are_built(name: str, device, o
 
 def test_the_cuda_extension_leaves_older_devices_to_torch(monkeypatch) -> None:
     monkeypatch.setattr(_ext, "CUDA", _ext.Extension(True, "_C_cuda.abi3.so"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert _backend.status()["cuda"] == (False, "no CUDA device (_C_cuda.abi3.so is loaded)")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert _backend.resolve("topk_logprobs", None, CUDA, torch.float16) == "torch"
     with pytest.raises(ValueError, match="it is compiled for sm_80 and later"):
         _backend.resolve("topk_logprobs", "cuda", CUDA, torch.float16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert _backend.status()["cuda"] == (True, "CUDA C++ on CUDA tensors (_C_cuda.abi3.so)")
     assert _backend.resolve("topk_logprobs", None, CUDA, torch.float16) == "cuda"
