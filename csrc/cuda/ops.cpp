@@ -54,14 +54,26 @@ void topk_logprobs(
       logprobs.size(1) == k + 1 && partial_ids.size(2) == k && partial_values.size(1) == splits &&
           partial_values.size(2) == k && partial_stats.size(1) == splits && partial_stats.size(2) == 2,
       "outputs or workspace do not fit K and splits");
-  const char* error = dppo::topk_logprobs_launch(
-      logits.const_data_ptr(), sampled_ids.const_data_ptr<int64_t>(),
-      row_temperature.has_value() ? row_temperature->const_data_ptr<float>() : nullptr,
-      partial_values.mutable_data_ptr<float>(), partial_ids.mutable_data_ptr<int32_t>(),
-      partial_stats.mutable_data_ptr<float>(), ids.mutable_data_ptr<int64_t>(), logprobs.mutable_data_ptr<float>(),
-      sampled_logprobs.mutable_data_ptr<float>(), lse.mutable_data_ptr<float>(), type_of(logits), n, vocab,
-      int(k), int(splits), float(temperature), logits.stride(0),
-      reinterpret_cast<cudaStream_t>(stream));
+  const dppo::TopkCall call{
+      .logits = logits.const_data_ptr(),
+      .sampled_ids = sampled_ids.const_data_ptr<int64_t>(),
+      .row_temperature = row_temperature.has_value() ? row_temperature->const_data_ptr<float>() : nullptr,
+      .partial_values = partial_values.mutable_data_ptr<float>(),
+      .partial_ids = partial_ids.mutable_data_ptr<int32_t>(),
+      .partial_stats = partial_stats.mutable_data_ptr<float>(),
+      .ids = ids.mutable_data_ptr<int64_t>(),
+      .logprobs = logprobs.mutable_data_ptr<float>(),
+      .sampled_logprobs = sampled_logprobs.mutable_data_ptr<float>(),
+      .lse = lse.mutable_data_ptr<float>(),
+      .dtype = type_of(logits),
+      .n = n,
+      .vocab = vocab,
+      .k = int(k),
+      .splits = int(splits),
+      .temperature = float(temperature),
+      .stride_logits_n = logits.stride(0),
+  };
+  const char* error = dppo::topk_logprobs_launch(call, reinterpret_cast<cudaStream_t>(stream));
   STD_TORCH_CHECK(error == nullptr, "topk_logprobs: ", error ? error : "");
 }
 

@@ -377,94 +377,41 @@ __global__ void __launch_bounds__(kThreads) topk_merge_kernel(
 }
 
 template <typename Logits>
-void launch(
-    const void* logits,
-    const int64_t* sampled_ids,
-    const float* row_temperature,
-    float* partial_values,
-    int32_t* partial_ids,
-    float* partial_stats,
-    int64_t* ids,
-    float* logprobs,
-    float* sampled_logprobs,
-    float* lse,
-    int64_t n,
-    int64_t vocab,
-    int k,
-    int splits,
-    float temperature,
-    int64_t stride_logits_n,
-    cudaStream_t stream) {
-  const auto* bits = static_cast<const typename Logits::Bits*>(logits);
-  const auto columns = static_cast<unsigned>(vocab);
-  const dim3 segments(static_cast<unsigned>(n), splits), rows(static_cast<unsigned>(n)), block(kThreads);
+void launch(const TopkCall& call, cudaStream_t stream) {
+  const auto* bits = static_cast<const typename Logits::Bits*>(call.logits);
+  const auto columns = static_cast<unsigned>(call.vocab), n = static_cast<unsigned>(call.n);
+  const dim3 segments(n, call.splits), rows(n), block(kThreads);
   DPPO_LAUNCH(
-      topk_partial_kernel<Logits>,
-      segments,
-      block,
-      stream,
-      bits,
-      row_temperature,
-      partial_values,
-      partial_ids,
-      partial_stats,
-      columns,
-      k,
-      temperature,
-      stride_logits_n);
+      topk_partial_kernel<Logits>, segments, block, stream, bits, call.row_temperature, call.partial_values, call.partial_ids,
+      call.partial_stats, columns, call.k, call.temperature, call.stride_logits_n);
   DPPO_LAUNCH(
-      topk_merge_kernel<Logits>,
-      rows,
-      block,
-      stream,
-      bits,
-      sampled_ids,
-      row_temperature,
-      partial_values,
-      partial_ids,
-      partial_stats,
-      ids,
-      logprobs,
-      sampled_logprobs,
-      lse,
-      columns,
-      k,
-      splits,
-      temperature,
-      stride_logits_n);
+      topk_merge_kernel<Logits>, rows, block, stream, bits, call.sampled_ids, call.row_temperature, call.partial_values,
+      call.partial_ids, call.partial_stats, call.ids, call.logprobs, call.sampled_logprobs, call.lse, columns, call.k,
+      call.splits, call.temperature, call.stride_logits_n);
 }
 
 }  // namespace
 
-const char* topk_logprobs_launch(
-    const void* logits,
-    const int64_t* sampled_ids,
-    const float* row_temperature,
-    float* partial_values,
-    int32_t* partial_ids,
-    float* partial_stats,
-    int64_t* ids,
-    float* logprobs,
-    float* sampled_logprobs,
-    float* lse,
-    int dtype,
-    int64_t n,
-    int64_t vocab,
-    int k,
-    int splits,
-    float temperature,
-    int64_t stride_logits_n,
-    cudaStream_t stream) {
+const char* topk_logprobs_launch(const TopkCall& call, cudaStream_t stream) {
   constexpr int64_t kMaxInt = 2147483647;
-  if (n < 0 || n > kMaxInt) return "topk_logprobs: the number of rows must be in [0, 2^31)";
-  if (vocab < 1 || vocab > kMaxInt) return "topk_logprobs: the vocabulary must be in [1, 2^31)";
-  if (k < 1 || k > kMaxK || k > vocab) return "topk_logprobs: k must be in [1, min(V, 128)]";
-  if (splits < 1 || splits > kMaxSplits) return "topk_logprobs: splits must be in [1, 32]";
-  if (n == 0) return nullptr;
-  const auto run = dtype == kFloat32 ? launch<Float32> : dtype == kBFloat16 ? launch<BFloat16> : launch<Float16>;
-  if (dtype != kFloat32 && dtype != kBFloat16 && dtype != kFloat16) return "topk_logprobs: unknown dtype";
-  run(logits, sampled_ids, row_temperature, partial_values, partial_ids, partial_stats, ids, logprobs, sampled_logprobs, lse, n,
-      vocab, k, splits, temperature, stride_logits_n, stream);
+  if (call.n < 0 || call.n > kMaxInt) return "topk_logprobs: the number of rows must be in [0, 2^31)";
+  if (call.vocab < 1 || call.vocab > kMaxInt) return "topk_logprobs: the vocabulary must be in [1, 2^31)";
+  if (call.k < 1 || call.k > kMaxK || call.k > call.vocab) return "topk_logprobs: k must be in [1, min(V, 128)]";
+  if (call.splits < 1 || call.splits > kMaxSplits) return "topk_logprobs: splits must be in [1, 32]";
+  if (call.n == 0) return nullptr;
+  switch (call.dtype) {
+    case kFloat32:
+      launch<Float32>(call, stream);
+      break;
+    case kBFloat16:
+      launch<BFloat16>(call, stream);
+      break;
+    case kFloat16:
+      launch<Float16>(call, stream);
+      break;
+    default:
+      return "topk_logprobs: unknown dtype";
+  }
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -136,6 +136,23 @@ KINDS = (
 CASE = KernelCase("normal", torch.bfloat16, 2, 9001, 20, 2, 1.0, 1, True, "any", 0)
 
 
+class TopkCall(ctypes.Structure):
+    """As csrc/cuda/topk_logprobs.h has it."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("logits", "sampled_ids", "row_temperature")),
+        *((name, ctypes.c_void_p) for name in ("partial_values", "partial_ids", "partial_stats")),
+        *((name, ctypes.c_void_p) for name in ("ids", "logprobs", "sampled_logprobs", "lse")),
+        ("dtype", ctypes.c_int),
+        ("n", ctypes.c_int64),
+        ("vocab", ctypes.c_int64),
+        ("k", ctypes.c_int),
+        ("splits", ctypes.c_int),
+        ("temperature", ctypes.c_float),
+        ("stride_logits_n", ctypes.c_int64),
+    ]
+
+
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     compiler = shutil.which("g++")
@@ -187,17 +204,13 @@ def launch(library: ctypes.CDLL) -> Launch:
             guarded[name] = torch.full((count + 2 * GUARD,), 12345, dtype=dtype)
             inner[name] = guarded[name][GUARD:-GUARD].fill_(poison[dtype]).view(shape)
         row_temperature = temperature if isinstance(temperature, Tensor) else None
-        message = library.emulate_topk_logprobs(
-            ctypes.c_uint(seed),
-            ctypes.c_int(only_grid),
-            *(None if x is None else ctypes.c_void_p(x.data_ptr()) for x in (logits, sampled_ids, row_temperature)),
-            *(ctypes.c_void_p(x.data_ptr()) for x in inner.values()),
-            ctypes.c_int(DTYPES[logits.dtype]),
-            *(ctypes.c_int64(size) for size in (n, vocab)),
-            *(ctypes.c_int(count) for count in (k, splits)),
-            ctypes.c_float(1.0 if isinstance(temperature, Tensor) else temperature),
-            ctypes.c_int64(logits.stride(0)),
-        )
+        pointers = [None if x is None else x.data_ptr() for x in (logits, sampled_ids, row_temperature)]
+        scalar = 1.0 if isinstance(temperature, Tensor) else temperature
+        call = TopkCall(
+            *pointers, *(x.data_ptr() for x in inner.values()), DTYPES[logits.dtype], n, vocab, k, splits, scalar,
+            logits.stride(0),
+        )  # fmt: skip
+        message = library.emulate_topk_logprobs(ctypes.c_uint(seed), ctypes.c_int(only_grid), ctypes.byref(call))
         if message is not None:
             raise RuntimeError(message.decode())
         for name, memory in guarded.items():
