@@ -11,6 +11,7 @@ SUPPORTED = {"trl": ((1, 16), (1, 17)), "transformers": ((5, 16), (5, 24))}
 
 # Methods of GRPOTrainer that are overridden or called.
 GRPO_TRAINER_METHODS = (
+    "_calculate_rewards",
     "_compute_loss",
     "_generate",
     "_generate_and_score_completions",
@@ -18,8 +19,10 @@ GRPO_TRAINER_METHODS = (
     "_get_per_token_logps_and_entropies",
     "_get_train_sampler",
     "_load_optimizer_and_scheduler",
+    "_prepare_inputs",
     "_run_epoch",
     "_save_rng_state",
+    "_tokenize_prompts",
     "get_high_entropy_mask",
 )
 
@@ -29,8 +32,11 @@ GRPO_TRAINER_ATTRIBUTES = (
     "_buffered_inputs",
     "_entropy_bonus_enabled",
     "_is_vlm",
+    "_logs",
     "_metrics",
+    "_pending_extra_logs",
     "_step",
+    "_tokenizer",
     "aux_loss_enabled",
     "beta",
     "entropy_coef",
@@ -44,8 +50,11 @@ GRPO_TRAINER_ATTRIBUTES = (
     "num_iterations",
     "off_policy_mask_threshold",
     "ref_model",
+    "reward_func_names",
+    "reward_weights",
     "rollout_func",
     "router_aux_loss_coef",
+    "shuffle_dataset",
     "temperature",
     "tools",
     "top_entropy_quantile",

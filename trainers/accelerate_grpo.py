@@ -8,19 +8,18 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 
-from dppo_kernels import PRESETS, PolicyLossSpec
+from dppo_kernels import PolicyLossSpec
 from dppo_kernels.trainers._trl_seam import GRPOTrainer, check_attributes
-from dppo_kernels.trainers.normaliser import accumulation_steps, tokens_per_window
+from dppo_kernels.trainers.loss_spec import LOSS_TYPES, STEP_NORMALISED, grpo_spec
+from dppo_kernels.trainers.normaliser import accumulation_steps, active_tokens, own_count, tokens_per_window
 from dppo_kernels.trainers.scoring import scoring_installed
 
 LossMethod = Callable[[Any, Any, dict[str, Any]], Tensor]
 
-_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo")
-
 
 def fused_loss_obstacle(trainer: Any) -> str | None:
     """Why `accelerate_trl` leaves this GRPOTrainer's loss to TRL, in words; None if it goes through the fused loss."""
-    if trainer.loss_type not in _LOSS_TYPES:
+    if trainer.loss_type not in LOSS_TYPES:
         return f"loss_type {trainer.loss_type!r} is not fused"
     if trainer.loss_type == "cispo" and trainer.importance_sampling_level == "sequence":
         return "cispo with a sequence-level ratio is not fused"
@@ -64,38 +63,25 @@ def _base_model(trainer: Any) -> Any:
 
 
 def _spec(trainer: Any) -> PolicyLossSpec:
-    args, preset = trainer.args, PRESETS[trainer.loss_type]
-    changes: dict[str, Any] = {
-        "ratio_level": trainer.importance_sampling_level,
-        "beta": trainer.beta,
-        "kl_ratio_weighted": args.use_bias_correction_kl,
-        "entropy_coef": trainer.entropy_coef if trainer._entropy_bonus_enabled else 0.0,
-        "epsilon_low": trainer.epsilon_low,
-        "epsilon_high": trainer.epsilon_high,
-    }
-    if preset.surrogate == "clip":
-        changes["ratio_cap"] = args.delta
-    elif preset.surrogate == "sapo":
-        changes |= {"sapo_temperature_pos": args.sapo_temperature_pos, "sapo_temperature_neg": args.sapo_temperature_neg}
-    return preset.replace(**changes)
+    return grpo_spec(
+        trainer.args,
+        epsilon_low=trainer.epsilon_low,
+        epsilon_high=trainer.epsilon_high,
+        beta=trainer.beta,
+        entropy_coef=trainer.entropy_coef if trainer._entropy_bonus_enabled else 0.0,
+    )
 
 
 def _fused_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
     mode = "train" if self.model.training else "eval"
-    completion_ids, mask = inputs["completion_ids"], inputs["completion_mask"].bool()
-    if "tool_mask" in inputs:
-        mask = mask & inputs["tool_mask"].bool()
+    completion_ids, mask = inputs["completion_ids"], active_tokens(inputs)
     spec, active = _spec(self), mask.sum().clamp(min=1)
     accumulation = accumulation_steps(self)
-    if self.loss_type in ("dapo", "cispo"):
+    if self.loss_type in STEP_NORMALISED:
         normaliser, policy_scale = tokens_per_window(self, inputs), 1
     else:
-        per_call = {
-            "sequence_mean": mask.shape[0],
-            "token_mean": active,
-            "fixed_length": mask.shape[0] * self.max_completion_length,
-        }
-        normaliser, policy_scale = per_call[spec.reduction] * accumulation, accumulation
+        normaliser = own_count(spec.reduction, mask, self.max_completion_length) * accumulation
+        policy_scale = accumulation
     corrected = self.use_vllm and self.vllm_importance_sampling_correction
     scoring = scoring_installed(
         _base_model(self),

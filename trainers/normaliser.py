@@ -1,14 +1,23 @@
-"""GRPO 1.16's normaliser of token-level losses."""
+"""What GRPO 1.16 divides its losses by, and the exact count of an optimiser step's tokens."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+
+STEP_TOKENS = "num_items_in_step"  # scalar of a micro-batch: active tokens of its optimiser step over all processes
 
 
 def accumulation_steps(trainer: Any) -> int:
     """Micro-batches of the current optimiser step; 1 while evaluating, which accumulates nothing."""
     return trainer.current_gradient_accumulation_steps if trainer.model.training else 1
+
+
+def active_tokens(inputs: Mapping[str, Any]) -> Tensor:
+    """bool [B, T]: completion tokens that count, those of tools left out."""
+    mask = inputs["completion_mask"].bool()
+    return mask & inputs["tool_mask"].bool() if "tool_mask" in inputs else mask
 
 
 def tokens_per_window(trainer: Any, inputs: Mapping[str, Any]) -> Tensor:
@@ -17,3 +26,31 @@ def tokens_per_window(trainer: Any, inputs: Mapping[str, Any]) -> Tensor:
     if not trainer.model.training:
         return tokens
     return tokens * accumulation_steps(trainer) / trainer.args.steps_per_generation
+
+
+def own_count(reduction: str, mask: Tensor, max_length: int) -> int | Tensor:
+    """What one micro-batch [B, T] divides by where the loss is not normalised over the optimiser step."""
+    if reduction == "token_mean":
+        return mask.sum().clamp(min=1)
+    return mask.shape[0] if reduction == "sequence_mean" else mask.shape[0] * max_length
+
+
+def count_step_tokens(trainer: Any, micro_batches: Sequence[dict[str, Any]]) -> None:
+    """Tell every micro-batch of a rollout how many tokens its optimiser step has over all processes.
+
+    Only where optimiser steps do not span several rollouts: the tokens of a rollout to come are unknown.
+    """
+    window = trainer.args.gradient_accumulation_steps
+    if len(micro_batches) % window:
+        return
+    tokens = torch.stack([active_tokens(inputs).sum() for inputs in micro_batches])
+    steps = trainer.accelerator.reduce(tokens, reduction="sum").view(-1, window).sum(1)
+    for i, inputs in enumerate(micro_batches):
+        inputs[STEP_TOKENS] = steps[i // window]
+
+
+def tokens_per_step(trainer: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """Active tokens of the optimiser step, for one process; `tokens_per_window` where a step spans several rollouts."""
+    if STEP_TOKENS not in inputs:
+        return tokens_per_window(trainer, inputs)
+    return inputs[STEP_TOKENS].clamp(min=1.0) / trainer.accelerator.num_processes

@@ -51,10 +51,18 @@ class ExactResumeMixin(Host):
     def load_extra_resume_state(self, state: dict[str, Any]) -> None:
         """Receives what `extra_resume_state` returned."""
 
+    def portable_resume_state(self) -> dict[str, Any]:
+        """What a subclass needs back whatever the settings and the number of processes are; the same on every process."""
+        return {}
+
+    def load_portable_resume_state(self, state: dict[str, Any]) -> None:
+        """Receives what `portable_resume_state` returned."""
+
     def resume_signature(self) -> dict[str, float]:
         """Settings that a buffered rollout depends on: where one differs, the buffer is of no use."""
         return {
             "processes": self.accelerator.num_processes,
+            "process": self.accelerator.process_index,
             "steps_per_generation": self.args.steps_per_generation,
             "num_iterations": self.num_iterations,
             "per_device_train_batch_size": self.args.per_device_train_batch_size,
@@ -78,9 +86,10 @@ class ExactResumeMixin(Host):
             "metrics": {mode: dict(metrics) for mode, metrics in self._metrics.items()},
             "logging": {"tr_loss": self._tr_loss.detach().cpu(), "last_logged": self._globalstep_last_logged},
             "extra": self.extra_resume_state(),
+            "portable": self.portable_resume_state(),
         }
         os.makedirs(output_dir, exist_ok=True)
-        torch.save(state, self._resume_file(output_dir))
+        torch.save(state, self._resume_file(output_dir, self.accelerator.process_index))
         if self._has_moving_reference() and self.args.should_save:
             reference = self.accelerator.unwrap_model(self.ref_model)
             torch.save(reference.state_dict(), os.path.join(output_dir, REFERENCE_FILE))
@@ -93,13 +102,16 @@ class ExactResumeMixin(Host):
         if self._has_moving_reference() and os.path.isfile(reference_file):
             weights = torch.load(reference_file, map_location="cpu", weights_only=True)
             self.accelerator.unwrap_model(self.ref_model).load_state_dict(weights)
-        path = self._resume_file(checkpoint)
+        path = self._resume_file(checkpoint, self.accelerator.process_index)
+        if not os.path.isfile(path):  # a process that was not there: what is portable comes from the first
+            path = self._resume_file(checkpoint, 0)
         if not os.path.isfile(path):
             logger.warning(f"{path} is missing: the run continues, but not exactly (a new rollout is generated)")
             return
         device = self.accelerator.device
         # torch.load knows no "cpu:0", which is what a CPU process of several calls itself.
         state = torch.load(path, map_location="cpu" if device.type == "cpu" else device, weights_only=True)
+        self.load_portable_resume_state(state["portable"])
         changed = {
             name: (then, now) for name, now in self.resume_signature().items() if (then := state["signature"].get(name)) != now
         }
@@ -139,5 +151,6 @@ class ExactResumeMixin(Host):
     def _has_moving_reference(self) -> bool:
         return bool(self.args.sync_ref_model) and self.ref_model is not None
 
-    def _resume_file(self, folder: str) -> str:
-        return os.path.join(folder, f"rollout_state_{self.accelerator.process_index}.pt")
+    @staticmethod
+    def _resume_file(folder: str, process: int) -> str:
+        return os.path.join(folder, f"rollout_state_{process}.pt")

@@ -79,9 +79,10 @@ class RolloutCaptureMixin(Host):
 
     Adds to the dict of `_generate_and_score_completions`: ``sampling_per_token_logps`` [B, T] and, where `rollout_topk` > 0,
     ``rollout_topk_ids``, ``rollout_topk_logprobs``, ``rollout_topk_valid`` [B, T, K+1]. Memory beyond generation is O(B T K).
-    A `rollout_func` replaces the capture: it must return the log-probs itself.
+    A `rollout_func` replaces the capture: it must return the log-probs itself. Without `captures_rollout`, rollouts are TRL's.
     """
 
+    captures_rollout: bool = True
     rollout_topk: int = 0  # K; 0 = the sampled token's log-prob only
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -99,6 +100,8 @@ class RolloutCaptureMixin(Host):
             self._last_loaded_step = -1
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple[list[list[int]], list[list[CapturedLogprob]]]:
+        if not self.captures_rollout:
+            return super()._generate_single_turn(*args, **kwargs)
         if self.use_vllm:
             engine = self.vllm_generation
             with shadowed(engine, "generate", capturing(engine.generate, self._rollout_store, self._vocab())):
@@ -122,6 +125,8 @@ class RolloutCaptureMixin(Host):
         return self.model.get_output_embeddings().weight.shape[0]
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
+        if not self.captures_rollout:
+            return super()._generate(prompts)
         self._rollout_store = RolloutStore(self.rollout_topk)
         generated = super()._generate(prompts)
         _, completion_ids, written_by_policy, _, logprobs, extra_fields, *_ = generated
@@ -136,6 +141,8 @@ class RolloutCaptureMixin(Host):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
+        if not self.captures_rollout:
+            return output
         if self.rollout_topk:
             completion_ids = output["completion_ids"]
             columns = self._rollout_store.columns(self._rollout_logprobs, completion_ids.shape[1], completion_ids.device)
