@@ -4,11 +4,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dppo_kernels.trainers.accelerate import accelerate_trl
+    from dppo_kernels.trainers.dapo import DAPOConfig, DAPOTrainer
     from dppo_kernels.trainers.dppo import DPPOConfig, DPPOTrainer
 
-__all__ = ["DPPOConfig", "DPPOTrainer", "accelerate_trl"]
+__all__ = ["DAPOConfig", "DAPOTrainer", "DPPOConfig", "DPPOTrainer", "accelerate_trl"]
 
-_MODULES = {"DPPOConfig": "dppo", "DPPOTrainer": "dppo", "accelerate_trl": "accelerate"}
+_MODULES = {
+    "DAPOConfig": "dapo",
+    "DAPOTrainer": "dapo",
+    "DPPOConfig": "dppo",
+    "DPPOTrainer": "dppo",
+    "accelerate_trl": "accelerate",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -41,8 +41,8 @@ class PolicyConfig(GRPOConfig):
             differ.
         vllm_importance_sampling_correction: None = as TRL, except with DPPO, whose ratio to the rollout policy already is that
             correction.
-        mismatch_threshold: DPPO: largest mean of |mu - pi| over sampled tokens that is accepted on unchanged weights, where it is
-            the mismatch between the engine that samples and the one that trains. None = no check.
+        mismatch_threshold: DPPO: largest mean of |mu - pi| over sampled tokens that is accepted on unchanged weights, where it
+            is the mismatch between the engine that samples and the one that trains. None = no check.
         mismatch_action: "warn" when a logged mean crosses the threshold, or "stop" the training.
 
     Raises:

@@ -84,6 +84,7 @@ def make_config(tmp_path: Path) -> Callable[..., DPPOConfig]:
             "bf16": False,
             "gradient_checkpointing": False,
             "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 1,
             "num_generations": 4,
             "max_completion_length": 6,
             "steps_per_generation": 2,
@@ -110,7 +111,8 @@ def make_trainer(model, tokenizer, prompts, make_config) -> Callable[..., DPPOTr
             for name in ("model", "eval_dataset", "peft_config", "rollout_func", "tools", "callbacks")
             if name in changes
         }
-        config = changes.pop("config", None) or make_config(**changes)
+        config_class = changes.pop("config_class", DPPOConfig)
+        config = changes.pop("config", None) or make_config(config_class, **changes)
         policy = taken.pop("model", model)
         data = prompts if train_dataset is None else train_dataset
         return cls(policy, reward, config, train_dataset=data, processing_class=tokenizer, **taken)
