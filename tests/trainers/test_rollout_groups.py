@@ -75,7 +75,9 @@ def test_rows_survive_being_cut_and_joined(cases: list[tuple[int, int, int, int]
     assert (joined["completion_ids"][joined["completion_mask"] == 0] == PAD).all()
     assert (joined["prompt_ids"][joined["prompt_mask"] == 0] == PAD).all()
     assert (joined["rollout_topk_ids"][~joined["rollout_topk_valid"]] == -1).all()
-    widths = {joined[name].shape[1] for name in ("completion_ids", "completion_mask", "old_per_token_logps", "rollout_topk_ids")}
+    widths = {
+        joined[name].shape[1] for name in ("completion_ids", "completion_mask", "old_per_token_logps", "rollout_topk_ids")
+    }
     assert len(widths) == 1
     assert joined["importance_sampling_ratio"].shape[1] == 1
 
