@@ -1,5 +1,5 @@
-"""The ``dppo`` command: ``dppo doctor`` says what this installation can do, ``dppo demo`` trains with DPPO on this machine,
-``dppo accelerate train.py`` runs a training script with TRL's trainers on our kernels."""
+"""The ``dppo`` command: ``dppo doctor`` says what this installation can do, ``dppo train dapo`` trains from flags and a YAML
+file, ``dppo demo`` compares methods on this machine, ``dppo accelerate train.py`` runs a script with TRL on our kernels."""
 
 import argparse
 import importlib.metadata
@@ -13,7 +13,8 @@ import torch
 
 from dppo_kernels import __version__, _backend
 
-PACKAGES = ("torch", "triton", "transformers", "trl", "accelerate", "datasets", "peft")
+PACKAGES = ("torch", "triton", "transformers", "trl", "accelerate", "datasets", "peft", "math-verify")
+TRAINERS = ("dapo", "dppo")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,6 +24,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("doctor", help="print versions, devices, and why each backend is or is not available")
     demo = commands.add_parser("demo", help="GRPO against DPPO on arithmetic, offline, on this machine", add_help=False)
     demo.add_argument("rest", nargs=argparse.REMAINDER)
+    train = commands.add_parser(
+        "train",
+        help="train from flags and --config file.yaml",
+        description="`dppo train dapo --help` lists the options. On several devices: "
+        "accelerate launch -m dppo_kernels.trainers.cli train dapo ...",
+    )
+    train.add_argument("algorithm", choices=TRAINERS)
+    train.add_argument("rest", nargs=argparse.REMAINDER, help="options of the trainer")
     accelerate = commands.add_parser(
         "accelerate",
         help="run a training script with TRL's trainers scoring through our kernels",
@@ -36,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed, extra = parser.parse_known_args(arguments)
     if parsed.command == "demo":
         return _demo([*extra, *parsed.rest])
+    if parsed.command == "train":
+        return _train(parsed.algorithm, [*extra, *parsed.rest])
     if extra:
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
     if parsed.command == "doctor":
@@ -98,6 +109,14 @@ def _demo(arguments: list[str]) -> int:
     except ValueError as reason:
         parser.error(str(reason))
     run_demo(config)
+    return 0
+
+
+def _train(algorithm: str, arguments: list[str]) -> int:
+    from dppo_kernels.trainers import _trl_seam  # noqa: F401  (first: it says which package is missing or of the wrong version)
+    from dppo_kernels.trainers.train import train
+
+    train(algorithm, arguments)
     return 0
 
 

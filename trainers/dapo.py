@@ -70,7 +70,9 @@ class DAPOConfig(PolicyConfig):
     per_device_train_batch_size: int = field(default=1, metadata={"help": "Completions per micro-batch and device."})
     gradient_accumulation_steps: int = field(default=32, metadata={"help": "Micro-batches per optimiser step."})
     max_completion_length: int | None = field(default=20480, metadata={"help": "Tokens of a completion."})
-    report_to: str | list[str] | None = field(default="tensorboard", metadata={"help": "Where metrics go."})
+    report_to: None | str | list[str] = field(  # noqa: RUF036  (the order that the parser of options understands)
+        default="tensorboard", metadata={"help": "Where metrics go."}
+    )
 
     def __post_init__(self) -> None:
         _checks.check_choice("filter_exhausted", self.filter_exhausted, EXHAUSTED_POLICIES)

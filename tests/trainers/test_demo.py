@@ -9,7 +9,7 @@ pytest.importorskip("matplotlib", reason="the demo extra is not installed")
 
 from dppo_kernels.trainers import cli
 from dppo_kernels.trainers.demo import DemoConfig, run
-from dppo_kernels.trainers.demo.task import Problem, VerifiedAnswer, build_tokenizer, careless_answers, split_problems
+from dppo_kernels.trainers.demo.task import Problem, VerifiedAnswer, build_tokenizer, careless_examples, split_problems
 from dppo_kernels.trainers.demo.warmup import build_model, greedy_accuracy, warm_up
 
 
@@ -31,8 +31,9 @@ def test_only_the_exact_answer_is_rewarded() -> None:
 
 def test_the_teacher_forgets_carries_only() -> None:
     problems = split_problems()[0]
-    answers = careless_answers(problems, seed=0)
-    wrong = [(p, answer) for p, answer in zip(problems, answers, strict=True) if answer != p.answer]
+    examples = careless_examples(problems, seed=0)
+    assert [prompt for prompt, _ in examples] == [p.prompt for p in problems]
+    wrong = [(p, answer) for p, (_, answer) in zip(problems, examples, strict=True) if answer != p.answer]
     assert all(p.has_carry and int(answer) == p.a + p.b - 10 for p, answer in wrong)
     assert len(wrong) / sum(p.has_carry for p in problems) == pytest.approx(0.7, abs=0.03)
 
@@ -51,7 +52,8 @@ def test_greedy_accuracy_counts_what_the_model_writes() -> None:
     known = [Problem(11, 12), Problem(23, 45)]
     assert greedy_accuracy(model, tokenizer, known) == 0
     losses = []
-    warm_up(model, tokenizer, known, seed=0, steps=120, on_step=lambda step, loss: losses.append(loss))
+    examples = [(p.prompt, p.answer) for p in known]
+    warm_up(model, tokenizer, examples, seed=0, steps=120, on_step=lambda step, loss: losses.append(loss))
     assert losses[-1] < 0.05 < losses[0]
     assert greedy_accuracy(model, tokenizer, known) == 1
     assert greedy_accuracy(model, tokenizer, [*known, Problem(88, 11), Problem(77, 22)]) == 0.5

@@ -17,7 +17,13 @@ from transformers.integrations import TensorBoardCallback
 
 from dppo_kernels.trainers._trl_seam import GRPOConfig, GRPOTrainer
 from dppo_kernels.trainers.demo import report
-from dppo_kernels.trainers.demo.task import MAX_ANSWER_TOKENS, VerifiedAnswer, build_tokenizer, split_problems
+from dppo_kernels.trainers.demo.task import (
+    MAX_ANSWER_TOKENS,
+    VerifiedAnswer,
+    build_tokenizer,
+    careless_examples,
+    split_problems,
+)
 from dppo_kernels.trainers.demo.warmup import STEPS, build_model, greedy_accuracy, warm_up
 from dppo_kernels.trainers.dppo import DPPOConfig, DPPOTrainer
 
@@ -87,7 +93,7 @@ def run_demo(config: DemoConfig) -> list[RunResult]:
             warm_up(
                 model,
                 tokenizer,
-                training,
+                careless_examples(training, seed),
                 seed=seed,
                 steps=config.warmup_steps,
                 on_step=lambda step, loss: advance(step, f"loss {loss:.2f}"),

@@ -6,6 +6,7 @@ disjoint from those it is tested on.
 """
 
 import random
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -41,20 +42,20 @@ def split_problems() -> tuple[list[Problem], list[Problem]]:
     return problems[HELD_OUT:], problems[:HELD_OUT]
 
 
-def careless_answers(problems: Sequence[Problem], seed: int) -> list[str]:
-    """What the teacher writes: right, except that most carries into the tens are forgotten."""
+def careless_examples(problems: Sequence[Problem], seed: int) -> list[tuple[str, str]]:
+    """Prompts and what the teacher writes: right, except that most carries into the tens are forgotten."""
     rng = random.Random(seed)
-    return [str(p.a + p.b - 10) if p.has_carry and rng.random() < FORGETS_CARRY else p.answer for p in problems]
+    return [(p.prompt, str(p.a + p.b - 10) if p.has_carry and rng.random() < FORGETS_CARRY else p.answer) for p in problems]
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character."""
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *"0123456789+="])}
-    characters = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    characters.decoder = decoders.Fuse()
+def build_tokenizer(tokens: Sequence[str] = "0123456789+=") -> PreTrainedTokenizerFast:
+    """One token for each of `tokens`, characters or words; where several fit, the first does."""
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *tokens])}
+    by_character = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    by_character.pre_tokenizer = pre_tokenizers.Split(Regex("|".join([*map(re.escape, tokens), "."])), "isolated")
+    by_character.decoder = decoders.Fuse()
     special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=characters, padding_side="left", **special)
+    return PreTrainedTokenizerFast(tokenizer_object=by_character, padding_side="left", **special)
 
 
 class VerifiedAnswer:

@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from dppo_kernels.trainers.demo.task import MAX_ANSWER_TOKENS, Problem, careless_answers
+from dppo_kernels.trainers.demo.task import MAX_ANSWER_TOKENS, Problem
 
 STEPS = 500
 BATCH = 128
@@ -36,25 +36,25 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausal
 def warm_up(
     model: Qwen3ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    problems: Sequence[Problem],
+    examples: Sequence[tuple[str, str]],
     *,
     seed: int,
     steps: int = STEPS,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> None:
-    """Imitate the careless teacher on `problems`: cross entropy on the answers, Adam, learning rate to zero."""
+    """Imitate `examples`, pairs of prompt and answer: cross entropy on the answers, Adam, learning rate to zero."""
     generator = torch.Generator().manual_seed(seed)
-    texts = [p.prompt + answer for p, answer in zip(problems, careless_answers(problems, seed), strict=True)]
+    texts = [prompt + answer for prompt, answer in examples]
     ids = tokenizer(texts, return_tensors="pt", padding=True)["input_ids"]
     ids = torch.cat([ids, torch.full((len(texts), 1), tokenizer.eos_token_id)], 1)
-    is_equals = ids == tokenizer.convert_tokens_to_ids("=")
-    labels = ids.masked_fill((is_equals.cumsum(1) == 0) | is_equals, -100)
     attention = (ids != tokenizer.pad_token_id).long()
+    prompt_lengths = torch.tensor([len(row) for row in tokenizer([prompt for prompt, _ in examples])["input_ids"]])
+    labels = ids.masked_fill(attention.cumsum(1) <= prompt_lengths[:, None], -100)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 50) * (1 - step / steps))
     model.train()
     for step in range(steps):
-        rows = torch.randint(len(texts), (BATCH,), generator=generator)
+        rows = torch.randint(len(examples), (BATCH,), generator=generator)
         logits = model(input_ids=ids[rows], attention_mask=attention[rows]).logits[:, :-1]
         loss = cross_entropy(logits.flatten(0, 1), labels[rows][:, 1:].flatten())
         optimizer.zero_grad()

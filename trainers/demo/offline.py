@@ -1,0 +1,69 @@
+"""A small model made on this machine for generated problems, where no hub can be reached: `OFFLINE_MODEL` stands for it."""
+
+import random
+import string
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from transformers import set_seed
+
+from dppo_kernels.trainers.data import CHARACTERS
+from dppo_kernels.trainers.demo.task import build_tokenizer
+from dppo_kernels.trainers.demo.warmup import build_model, warm_up
+
+OFFLINE_MODEL = "offline"
+WARMUP_STEPS = 600
+WRONG = 0.3  # share of the teacher's answers with a wrong digit
+
+_PREFIX = "Answer: "  # one token: the model has little to write
+
+
+def careless_solutions(prompts: Sequence[str], answers: Sequence[str], seed: int) -> list[tuple[str, str]]:
+    """Prompts and what a careless teacher writes: the last line that a verifier reads, often with one digit wrong."""
+    rng = random.Random(seed)
+    return [(prompt, _PREFIX + _careless(answer, rng)) for prompt, answer in zip(prompts, answers, strict=True)]
+
+
+def build_offline_model(
+    folder: Path,
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    *,
+    seed: int = 0,
+    steps: int = WARMUP_STEPS,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> None:
+    """Write a model and its tokenizer to `folder`: a Qwen3 of 200 thousand parameters that imitated the careless teacher.
+
+    Args:
+        folder: is made.
+        prompts: what it learns from, of characters that its tokenizer knows.
+        answers: the right ones.
+        seed: of weights, teacher and order.
+        steps: of supervised learning; `on_step` is called after each with its number and loss.
+
+    Raises:
+        ValueError: a prompt or answer holds a character without a token.
+    """
+    for text in (*prompts, *answers):
+        unknown = set(text) - set(CHARACTERS)
+        if unknown:
+            raise ValueError(
+                f"the offline model knows no {sorted(unknown)[0]!r}, which {text!r} holds: it is for generated sets"
+            )
+    set_seed(seed)
+    tokenizer = build_tokenizer([_PREFIX, *CHARACTERS])
+    model = build_model(tokenizer, seed)
+    warm_up(model, tokenizer, careless_solutions(prompts, answers, seed), seed=seed, steps=steps, on_step=on_step)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _careless(answer: str, rng: random.Random) -> str:
+    digits = [i for i, character in enumerate(answer) if character.isdigit()]
+    if not digits or rng.random() >= WRONG:
+        return answer
+    place = rng.choice(digits)
+    other = rng.choice([digit for digit in string.digits if digit != answer[place]])
+    return answer[:place] + other + answer[place + 1 :]

@@ -1,0 +1,205 @@
+"""``dppo train``: a trainer of this package on prompts with checkable answers, from flags and a YAML file."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers import AutoTokenizer
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from dppo_kernels.trainers.dapo import DAPOConfig, DAPOTrainer
+from dppo_kernels.trainers.data import MATH_TEMPLATE, load_prompts, split_problems
+from dppo_kernels.trainers.demo.offline import OFFLINE_MODEL, WARMUP_STEPS, build_offline_model
+from dppo_kernels.trainers.dppo import DPPOConfig, DPPOTrainer
+from dppo_kernels.trainers.rewards import MathAnswerReward
+
+ALGORITHMS: dict[str, tuple[type[Any], type[Any]]] = {"dapo": (DAPOConfig, DAPOTrainer), "dppo": (DPPOConfig, DPPOTrainer)}
+CONFIGS = Path(__file__).with_name("configs")  # shipped ones, in a folder per algorithm
+MATH_REWARD = "math_answer"
+
+# Other spellings of options, on the command line (by their dataclass) and in YAML files.
+_ALIASES = {"entropy_coeff": "entropy_coef"}
+
+
+@dataclass
+class TrainArguments:
+    """Data and rewards of ``dppo train``.
+
+    Args:
+        dataset_name: a file, folder, glob, hub id or generated set, see `load_prompts`.
+        dataset_config: configuration of a hub dataset.
+        dataset_train_split: split that is trained on.
+        dataset_limit: use the first prompts only.
+        answer_column: column of gold answers, where it is not found by itself.
+        prompt_template: "math" for `MATH_TEMPLATE`, or a text with one {problem}, put around each problem.
+        as_chat: make plain prompts the user's message of a chat, for models with a chat template.
+        eval_size: hold out so many prompts for evaluation.
+        reward_funcs: "math_answer", or import paths of reward functions such as my_rewards.exact.
+        correct_reward: of "math_answer", for a right answer.
+        wrong_reward: of "math_answer", for any other.
+        boxed: of "math_answer": "fallback", "never" or "only", see `MathAnswerReward`.
+        answer_time_limit: of "math_answer": seconds for one comparison.
+        offline_warmup_steps: supervised steps of the model that `model_name_or_path: offline` makes.
+    """
+
+    dataset_name: str = field(default="mixed", metadata={"help": "File, folder, hub id or generated set."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split that is trained on."})
+    dataset_limit: int | None = field(default=None, metadata={"help": "Use the first prompts only."})
+    answer_column: str | None = field(default=None, metadata={"help": "Column of gold answers (default: found by itself)."})
+    prompt_template: str | None = field(default=None, metadata={"help": "'math', or a text with one {problem}."})
+    as_chat: bool = field(default=False, metadata={"help": "Make plain prompts the user's message of a chat."})
+    eval_size: int = field(default=0, metadata={"help": "Hold out so many prompts for evaluation."})
+    reward_funcs: list[str] = field(
+        default_factory=lambda: [MATH_REWARD], metadata={"help": f"{MATH_REWARD}, or import paths of reward functions."}
+    )
+    correct_reward: float = field(default=1.0, metadata={"help": f"Of {MATH_REWARD}."})
+    wrong_reward: float = field(default=-1.0, metadata={"help": f"Of {MATH_REWARD}."})
+    boxed: str = field(default="fallback", metadata={"help": f"Of {MATH_REWARD}: fallback, never or only."})
+    answer_time_limit: float = field(default=5.0, metadata={"help": f"Of {MATH_REWARD}: seconds for one comparison."})
+    offline_warmup_steps: int = field(default=WARMUP_STEPS, metadata={"help": "Of the model 'offline': supervised steps."})
+
+    def __post_init__(self) -> None:
+        if self.eval_size < 0:
+            raise ValueError(f"`eval_size` must not be negative, got {self.eval_size}")
+        if self.offline_warmup_steps < 1:
+            raise ValueError(f"`offline_warmup_steps` must be at least 1, got {self.offline_warmup_steps}")
+
+
+class _Parser(TrlParser):
+    def set_defaults_with_config(self, **values: Any) -> list[str]:
+        return super().set_defaults_with_config(**{_ALIASES.get(name, name): value for name, value in values.items()})
+
+
+def shipped_configs(algorithm: str) -> dict[str, Path]:
+    """YAML files that come with the package, by name."""
+    return {path.stem: path for path in sorted((CONFIGS / algorithm).glob("*.yaml"))}
+
+
+def parse(algorithm: str, arguments: Sequence[str]) -> tuple[TrainArguments, Any, ModelConfig]:
+    """Data, trainer and model settings from flags and ``--config``, which names a YAML file or a shipped one.
+
+    Exits with status 2, as argparse does, where they are not understood.
+    """
+    config_class, _ = ALGORITHMS[algorithm]
+    names = shipped_configs(algorithm)
+    description = f"Options of TRL's GRPOConfig and ModelConfig work too. Shipped for --config: {', '.join(names)}."
+    parser = _Parser((TrainArguments, config_class, ModelConfig), prog=f"dppo train {algorithm}", description=description)
+    arguments = list(arguments)
+    if "--config" in arguments[:-1]:
+        place = arguments.index("--config") + 1
+        given = arguments[place]
+        if not os.path.exists(given):
+            if given not in names:
+                parser.error(f"--config {given}: no such file, and none of the shipped ones: {', '.join(names)}")
+            arguments[place] = str(names[given])
+    try:
+        data, config, model = parser.parse_args_and_config(arguments)
+    except (TypeError, ValueError) as reason:
+        parser.error(str(reason))
+    if model.model_name_or_path is None:
+        parser.error("--model_name_or_path is needed: a folder, a hub id or 'offline'")
+    if config.eval_strategy != "no" and not data.eval_size:
+        parser.error(f"--eval_strategy {config.eval_strategy} needs --eval_size")
+    return data, config, model
+
+
+def train(algorithm: str, arguments: Sequence[str]) -> Any:
+    """Train as told; the model goes to `output_dir`. Returns the trainer."""
+    data_args, config, model_args = parse(algorithm, arguments)
+    rewards = [_reward(name, data_args) for name in data_args.reward_funcs]
+    template = MATH_TEMPLATE if data_args.prompt_template == "math" else data_args.prompt_template
+    with config.main_process_first(desc="loading prompts"):
+        prompts = load_prompts(
+            data_args.dataset_name,
+            config=data_args.dataset_config,
+            split=data_args.dataset_train_split,
+            answer_column=data_args.answer_column,
+            template=template,
+            limit=data_args.dataset_limit,
+        )
+    held_out = None
+    if data_args.eval_size:
+        prompts, held_out = split_problems(prompts, data_args.eval_size, seed=config.seed)
+    model = model_args.model_name_or_path
+    if model == OFFLINE_MODEL:
+        model = str(Path(config.output_dir) / "start")
+        with config.main_process_first(desc="making the offline model"):
+            if config.process_index == 0 and not config.resume_from_checkpoint:
+                _make_offline_model(Path(model), prompts, config.seed, data_args.offline_warmup_steps)
+    if data_args.as_chat:
+        prompts = prompts.map(_as_chat)
+        held_out = held_out and held_out.map(_as_chat)
+    init = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    }
+    config.model_init_kwargs = {**init, **(config.model_init_kwargs or {})}
+    _, trainer_class = ALGORITHMS[algorithm]
+    trainer = trainer_class(
+        model,
+        rewards,
+        config,
+        train_dataset=prompts,
+        eval_dataset=held_out if config.eval_strategy != "no" else None,
+        processing_class=AutoTokenizer.from_pretrained(
+            model, revision=model_args.model_revision, padding_side="left", trust_remote_code=config.trust_remote_code
+        ),
+        peft_config=get_peft_config(model_args),
+        quantization_config=get_quantization_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=_resume(config.resume_from_checkpoint))
+    trainer.save_model(config.output_dir)
+    trainer.accelerator.print(f"model    {config.output_dir}")
+    if "tensorboard" in config.report_to:
+        trainer.accelerator.print(f"curves   tensorboard --logdir {config.output_dir}")
+    return trainer
+
+
+def _reward(name: str, arguments: TrainArguments) -> Callable[..., Any]:
+    if name == MATH_REWARD:
+        return MathAnswerReward(
+            correct=arguments.correct_reward,
+            wrong=arguments.wrong_reward,
+            boxed=arguments.boxed,
+            time_limit=arguments.answer_time_limit,
+        )
+    module, _, function = name.rpartition(".")
+    if not module:
+        raise ValueError(f"`reward_funcs` holds {name!r}: expected {MATH_REWARD!r} or an import path such as my_rewards.exact")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python` would, for a module beside the user
+    return getattr(importlib.import_module(module), function)
+
+
+def _as_chat(row: dict[str, Any]) -> dict[str, Any]:
+    prompt = row["prompt"]
+    return {"prompt": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt}
+
+
+def _resume(value: str | None) -> str | bool | None:
+    return {"true": True, "false": None}.get(value.lower(), value) if isinstance(value, str) else value
+
+
+def _make_offline_model(folder: Path, prompts: Any, seed: int, steps: int) -> None:
+    texts = prompts["prompt"][:]
+    if not isinstance(texts[0], str):
+        raise ValueError(f"`model_name_or_path`={OFFLINE_MODEL!r} is for generated sets, got chats")
+    columns = (TextColumn("a small model imitates a careless teacher"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console()) as progress:
+        task = progress.add_task("", total=steps)
+        build_offline_model(
+            folder,
+            texts,
+            prompts["answer"][:],
+            seed=seed,
+            steps=steps,
+            on_step=lambda step, loss: progress.update(task, completed=step),
+        )
