@@ -7,6 +7,7 @@ this package touches neither CUDA nor Triton. Trainers on TRL live in :mod:`dppo
 from pathlib import Path
 
 from dppo_kernels._lora import LoraWeight
+from dppo_kernels.advantages import group_advantages
 from dppo_kernels.aggregate import REDUCTIONS, aggregate
 from dppo_kernels.divergence import DIVERGENCES, divergence, trust_region_mask
 from dppo_kernels.estimators import kl_estimate, log_ratio
@@ -34,6 +35,7 @@ __all__ = [
     "divergence",
     "explain_linear_logprobs",
     "explain_linear_policy_loss",
+    "group_advantages",
     "kl_estimate",
     "linear_logprobs",
     "linear_policy_loss",

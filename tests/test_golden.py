@@ -14,6 +14,7 @@ from dppo_kernels import (
     PolicyLossSpec,
     aggregate,
     divergence,
+    group_advantages,
     kl_estimate,
     linear_policy_loss,
     policy_loss,
@@ -22,16 +23,14 @@ from dppo_kernels import (
     trust_region_mask,
 )
 from dppo_kernels._numerics import log1mexp
+from dppo_kernels.trainers.rewards import MathAnswerReward
+from dppo_kernels.trainers.rewards.length import soft_overlong_penalty
+from dppo_kernels.trainers.sampling import PromptStream, RefillRule, collect, judge
 
 GOLDEN = {case["id"]: case for case in json.loads((Path(__file__).parent / "golden" / "golden.json").read_text())["cases"]}
 
 # Ids whose feature does not exist yet, with the issue that brings it.
 PENDING = {
-    "s3.overlong": 6,
-    "s3.group_advantage": 6,
-    "s3.advantage_01_vs_pm1": 6,
-    "s3.dynamic_sampling": 6,
-    "s3.math_dapo_answers": 6,
     "s0.gae_g1.0_l0.95": 7,
     "s0.gae_g1.0_l1.0": 7,
     "s0.gae_g1.0_l0.0": 7,
@@ -266,6 +265,66 @@ def clip_higher(x: dict, y: dict, dtype: torch.dtype) -> None:
         )
         close(loss.detach(), y[f"loss_{suffix}"], dtype)
         assert bool(torch.autograd.grad(loss, logprobs)[0].any()) == y[f"grad_flows_{suffix}"]
+
+
+@golden("s3.group_advantage")
+def group_advantage(x: dict, y: dict, dtype: torch.dtype) -> None:
+    scores = torch.tensor(x["scores"], dtype=dtype)
+    close(group_advantages(scores, 8), y["trl(ddof1,1e-4)"], dtype)
+    close(group_advantages(scores, 8, eps=1e-6), y["verl(ddof1,1e-6)"], dtype)
+    close(group_advantages(scores, 8, eps=1e-6, unbiased=False), y["ddof0,1e-6"], dtype)
+    close(group_advantages(scores, 8, scale=False), y["no_std(Dr.GRPO)"], dtype)
+    centred, scaled = (group_advantages(scores, 8, scale=scale, eps=0.0) for scale in (False, True))
+    close((centred / scaled)[0], y["std_ddof1"], dtype)
+
+
+@golden("s3.advantage_01_vs_pm1")
+def one_zero_against_plus_minus_one(x: dict, y: dict, dtype: torch.dtype) -> None:
+    signs, ones, penalty = (torch.tensor(x[name], dtype=dtype) for name in ("pm1", "zero_one", "penalty"))
+    for name, rewards in {
+        "pm1": signs,
+        "zero_one": ones,
+        "pm1_with_penalty": signs + penalty,
+        "zero_one_with_penalty": ones + penalty,
+    }.items():
+        close(group_advantages(rewards, 8, eps=0.0), y[name], dtype)
+
+
+@golden("s3.overlong")
+def overlong(x: dict, y: dict, dtype: torch.dtype) -> None:
+    penalties = [soft_overlong_penalty(n, x["L_max"], x["L_cache"], x["factor"]) for n in x["lengths"]]
+    close(torch.tensor(penalties, dtype=dtype), y["paper"], dtype)
+    close(torch.tensor(penalties[:4], dtype=dtype), y["verl"][:4], dtype)  # the same, up to the longest there can be
+
+
+@golden("s3.dynamic_sampling")
+def dynamic_sampling(x: dict, y: dict, dtype: torch.dtype) -> None:
+    for max_rounds in (0, 2, 3):
+        batches = iter(x["batches"])
+        drawn: list[list[str]] = []
+
+        def generate(rows: list[int], batches: Any = batches, drawn: list[list[str]] = drawn) -> list[Any]:
+            batch = next(batches)
+            drawn.append([name for name, _ in batch])
+            accuracies = torch.tensor([scores for _, scores in batch], dtype=dtype)
+            return judge(accuracies, accuracies)
+
+        rule = RefillRule(need=x["need"], per_round=4, max_rounds=max_rounds, exhausted="train")
+        collected = collect(PromptStream(100, seed=0, shuffle=False), rule, generate)
+        names, rounds, outcome = y[f"max_gen={max_rounds}"]
+        assert [drawn[group.round][group.place] for group in collected.trained] == names
+        assert collected.rounds == rounds
+        assert (len(collected.trained) < rule.need) == (outcome == "exhausted")
+
+
+@golden("s3.math_dapo_answers")
+def math_answers(x: dict, y: dict, dtype: torch.dtype) -> None:
+    completions, golds = zip(*x["cases"], strict=True)
+    for boxed, expected in (
+        ("never", "reward_without_box_fallback"),
+        ("fallback", "reward_with_box_fallback(verl HEAD since #7407)"),
+    ):
+        close(torch.tensor(MathAnswerReward(boxed=boxed)(completions, answer=golds), dtype=dtype), y[expected], dtype)
 
 
 def fused_policy_loss(logprobs: Tensor, anchor: Tensor | None = None, *rest: Tensor, **options: Any) -> Any:

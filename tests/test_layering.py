@@ -17,6 +17,7 @@ RANKS = {
     "reference": 1,
     "estimators": 1,
     "aggregate": 1,
+    "advantages": 1,
     "projection": 1,
     "design": 2,
     "exponentials": 2,

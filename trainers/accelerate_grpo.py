@@ -77,6 +77,7 @@ def _fused_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
     completion_ids, mask = inputs["completion_ids"], active_tokens(inputs)
     spec, active = _spec(self), mask.sum().clamp(min=1)
     accumulation = accumulation_steps(self)
+    normaliser: Tensor | float
     if self.loss_type in STEP_NORMALISED:
         normaliser, policy_scale = tokens_per_window(self, inputs), 1
     else:

@@ -64,6 +64,7 @@ class DynamicSamplingMixin(Host):
     """
 
     _scored: Scored
+    _logs: dict[str, Any]  # TRL's
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -178,7 +179,7 @@ class DynamicSamplingMixin(Host):
             self._metrics["train"], self._logs = before
 
     @torch.no_grad()
-    def _behaviour_logprobs(self, batch: Mapping[str, Any]) -> Tensor:
+    def _behaviour_logprobs(self, batch: Mapping[str, Any]) -> Tensor | None:
         """On-policy, GRPO needs no old log-probs; a group that waits for the next batch does."""
         logprobs, _, _ = self._get_per_token_logps_and_entropies(
             self.model,
@@ -195,14 +196,14 @@ class DynamicSamplingMixin(Host):
 
     def _owner(self, group: Group, rule: RefillRule) -> int:
         if group.round < 0:
-            return self._carried[group.index].owner
-        return group.index // (rule.per_round // self.accelerator.num_processes)
+            return self._carried[group.place].owner
+        return group.place // (rule.per_round // self.accelerator.num_processes)
 
     def _rows(self, group: Group, rounds: Sequence[Round], rule: RefillRule) -> Rows:
         """Of a group that this process holds."""
         if group.round < 0:
-            return self._carried_rows[group.index]
-        place = group.index % (rule.per_round // self.accelerator.num_processes) * self.num_generations
+            return self._carried_rows[group.place]
+        place = group.place % (rule.per_round // self.accelerator.num_processes) * self.num_generations
         rows = take_rows(rounds[group.round].batch, slice(place, place + self.num_generations), per_sequence=self._per_sequence)
         rows["stale"] = torch.zeros_like(rows["advantages"], dtype=torch.bool)
         return rows
@@ -235,8 +236,8 @@ class DynamicSamplingMixin(Host):
 
     def _rewards(self, group: Group, rounds: Sequence[Round]) -> list[float]:
         if group.round < 0:
-            return self._carried[group.index].rewards
-        first = group.index * self.num_generations
+            return self._carried[group.place].rewards
+        first = group.place * self.num_generations
         return rounds[group.round].scored.rewards[first : first + self.num_generations].tolist()
 
     def _keep_carried(self, collected: Collected, rounds: Sequence[Round], rule: RefillRule) -> None:
@@ -261,7 +262,7 @@ class DynamicSamplingMixin(Host):
             logged[name].append(value)
         for group in (*collected.trained, *collected.carried):
             if group.round >= 0:
-                self._show(rounds[group.round].logs, group.index * self.num_generations)
+                self._show(rounds[group.round].logs, group.place * self.num_generations)
 
     def _show(self, logs: Mapping[str, Any], first: int) -> None:
         """Copy a group's rows into TRL's completions table."""

@@ -23,6 +23,8 @@ class PromptLengthMixin(Host):
     `rollout_func`, which renders prompts itself, gets them whole.
     """
 
+    train_dataset: Any  # TRL's
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.args.max_prompt_length is None or self.args.prompt_overflow != "drop":

@@ -68,7 +68,7 @@ class Group(NamedTuple):
     """Where a group was generated. `round` -1: carried over from the batch before."""
 
     round: int
-    index: int  # place among the groups of its round over all processes
+    place: int  # among the groups of its round over all processes
 
 
 @dataclass(frozen=True)
@@ -175,11 +175,13 @@ def share_out(owners: Sequence[int], processes: int) -> list[int]:
     for owner in owners:
         takers.append(owner if room[owner] else None)
         room[owner] -= bool(room[owner])
-    for i, taker in enumerate(takers):
+    shared = []
+    for taker in takers:
         if taker is None:
-            takers[i] = next(process for process, free in enumerate(room) if free)
-            room[takers[i]] -= 1
-    return [taker for taker in takers if taker is not None]
+            taker = next(process for process, free in enumerate(room) if free)
+            room[taker] -= 1
+        shared.append(taker)
+    return shared
 
 
 def judge(metric: Tensor, rewards: Tensor) -> list[Verdict]:

@@ -80,7 +80,7 @@ class Run:
         collected = collect(stream, self.rule, generate, carried=len(self.carried))
 
         def draw(group: Group) -> int:
-            return self.carried[group.index] if group.round < 0 else first + group.round * self.rule.per_round + group.index
+            return self.carried[group.place] if group.round < 0 else first + group.round * self.rule.per_round + group.place
 
         trained, carried = ([draw(group) for group in groups] for groups in (collected.trained, collected.carried))
         self.position, self.carried = stream.position, carried

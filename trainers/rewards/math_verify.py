@@ -18,8 +18,9 @@ class MathAnswerReward:
     gold answer cannot be read has no reward (None), which TRL skips. Everything else that is not shown to be equal is wrong:
     no answer, one too long, one that cannot be read or whose comparison takes too long.
 
-    `log_extra` gets the columns "acc" (1.0, 0.0 or None) and "extracted_answer", `log_metric` the shares "answers/missing",
-    "answers/too_long", "answers/unparseable", "answers/timeout" and "answers/gold_unparseable" of the completions.
+    `log_extra` gets the columns "acc" (1.0, 0.0 or None) and "extracted_answer", `log_metric` the shares "answers/correct",
+    "answers/missing", "answers/too_long", "answers/unparseable", "answers/timeout" and "answers/gold_unparseable" of the
+    completions.
 
     Args:
         correct, wrong: the rewards; (1, 0) is accuracy.
@@ -84,6 +85,7 @@ class MathAnswerReward:
             log_extra("extracted_answer", list(answers))
         if log_metric is not None and answers:
             shares = {
+                "correct": verdicts.count(Verdict.EQUAL),
                 "missing": answers.count(None),
                 "too_long": sum(too_long),
                 "unparseable": verdicts.count(Verdict.UNPARSEABLE),

@@ -24,6 +24,9 @@ from typing import cast
 _WORKER = Path(__file__).resolve().with_name("_verifier_worker.py")
 _START_LIMIT = 120.0  # seconds; on a busy machine with files on a network
 _REMEMBERED = 4096  # verdicts
+# A batch of slow answers must not stop training: after so many timeouts in one call the limit is a tenth, and after so many
+# more what is left counts as timed out.
+_PATIENCE, _GIVING_UP = 16, 128
 
 
 class Verdict(StrEnum):
@@ -71,6 +74,8 @@ class Verifier:
     def verify(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
         """The verdict on every (gold, answer), in order; a pair that occurs twice is compared once.
 
+        However many pairs are slow, a call loses at most about 30 `time_limit` to them, divided by the processes.
+
         Raises:
             ImportError: math-verify is missing or does not load.
             RuntimeError: processes do not start.
@@ -84,10 +89,14 @@ class Verifier:
             waiting = deque(pair for pair in dict.fromkeys(pairs) if pair not in verdicts)
             if waiting:
                 require_math_verify()
+                timeouts = 0
                 try:
                     while waiting or any(worker.pair for worker in self._workers):
-                        self._hand_out(waiting)
-                        self._collect(verdicts)
+                        self._hand_out(waiting, self.time_limit / (10 if timeouts >= _PATIENCE else 1))
+                        timeouts += self._collect(verdicts)
+                        if timeouts >= _PATIENCE + _GIVING_UP:
+                            verdicts.update(dict.fromkeys(waiting, Verdict.TIMEOUT))
+                            waiting.clear()
                 except BaseException:  # also Ctrl-C: an answer to this call must not be read by the next
                     _kill(self._workers, self._pid)
                     raise
@@ -114,10 +123,10 @@ class Verifier:
         while len(self._known) > _REMEMBERED:
             self._known.popitem(last=False)
 
-    def _hand_out(self, waiting: deque[tuple[str, str]]) -> None:
+    def _hand_out(self, waiting: deque[tuple[str, str]], time_limit: float) -> None:
         for worker in list(self._workers):
             if waiting and worker.is_ready and worker.pair is None:
-                if worker.ask(waiting[0]):
+                if worker.ask(waiting[0], time_limit):
                     waiting.popleft()
                 else:  # it died while it was idle, which is no pair's fault
                     self._dismiss(worker)
@@ -125,7 +134,9 @@ class Verifier:
         for _ in range(min(self.processes - len(self._workers), len(waiting) - starting)):
             self._workers.append(_Worker(self.time_limit, self.memory_bytes))
 
-    def _collect(self, verdicts: dict[tuple[str, str], Verdict]) -> None:
+    def _collect(self, verdicts: dict[tuple[str, str], Verdict]) -> int:
+        """Wait for a verdict, a start or a deadline; returns how many pairs timed out."""
+        timeouts = 0
         active = [worker for worker in self._workers if worker.pair is not None or not worker.is_ready]
         readable = wait(
             [worker.output.fileno() for worker in active], max(0.0, min(w.deadline for w in active) - time.monotonic())
@@ -140,7 +151,9 @@ class Verifier:
                 verdicts[worker.pair], worker.pair = Verdict(line), None
             else:
                 verdicts[worker.pair] = Verdict.TIMEOUT if line is None else Verdict.ERROR
+                timeouts += line is None
                 self._dismiss(worker)
+        return timeouts
 
     def _dismiss(self, worker: "_Worker") -> None:
         worker.kill()
@@ -155,7 +168,6 @@ class _Worker:
     """
 
     def __init__(self, time_limit: float, memory_bytes: int) -> None:
-        self.time_limit = time_limit
         self.pair: tuple[str, str] | None = None
         self.is_ready = False
         self.deadline = time.monotonic() + _START_LIMIT
@@ -169,7 +181,7 @@ class _Worker:
         self.input, self.output = cast(FileIO, self.process.stdin), cast(FileIO, self.process.stdout)
         self._received = b""
 
-    def ask(self, pair: tuple[str, str]) -> bool:
+    def ask(self, pair: tuple[str, str], time_limit: float) -> bool:
         """Hand over a pair; whether the process was alive to take it."""
         request = memoryview(json.dumps(pair).encode() + b"\n")
         try:
@@ -178,7 +190,7 @@ class _Worker:
         except OSError:
             return False
         self.pair = pair
-        self.deadline = time.monotonic() + self.time_limit
+        self.deadline = time.monotonic() + time_limit
         return True
 
     def receive(self) -> str | None:

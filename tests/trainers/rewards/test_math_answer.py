@@ -265,7 +265,7 @@ def test_chats_and_reports() -> None:
     assert values == [1.0, -1.0, -1.0, -1.0, -1.0, -1.0, -1.0, None]
     assert extra["acc"] == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, None]
     assert extra["extracted_answer"] == ["34", None, "123456789", "3 +", "\\frac{1}{3}x^2", "35", "9!!!!!", "1"]
-    shares = {"missing": 1, "too_long": 2, "unparseable": 1, "timeout": 1, "gold_unparseable": 1}
+    shares = {"correct": 1, "missing": 1, "too_long": 2, "unparseable": 1, "timeout": 1, "gold_unparseable": 1}
     assert metrics == {f"answers/{name}": count / 8 for name, count in shares.items()}
     assert reward([], gold=[], log_metric=metrics.__setitem__) == []
     assert reward([[]], gold=[None]) == [None]
@@ -362,6 +362,18 @@ def test_a_slow_pair_costs_nobody_else(shared: Verifier) -> None:
     assert SLOW not in judge._known
     assert judge.verify([("1", "2"), ("3", "3.0")]) == ["different", "equal"]
     assert set(before) <= set(pids(judge))
+
+
+def test_a_batch_of_slow_pairs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a policy that collapses into such answers would stop training for hours."""
+    monkeypatch.setattr(verifier, "_PATIENCE", 2)
+    monkeypatch.setattr(verifier, "_GIVING_UP", 2)
+    judge = Verifier(processes=2, time_limit=0.8)
+    slow = [(f"{SLOW[0]}+{k}", SLOW[1]) for k in range(50)]
+    start = time.monotonic()
+    assert judge.verify([("1", "1+0"), *slow]) == ["equal", *["timeout"] * 50]
+    assert time.monotonic() - start < 15  # all of them would take 20 s of computing and 50 starts of a process
+    assert judge.verify([("2", "1+1")]) == ["equal"]  # the next call starts afresh
 
 
 def test_a_killed_process_costs_its_pair_and_is_replaced() -> None:
