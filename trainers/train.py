@@ -10,7 +10,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from transformers import AutoTokenizer
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from dppo_kernels.trainers.dapo import DAPOConfig, DAPOTrainer
@@ -22,6 +21,7 @@ from dppo_kernels.trainers.rewards import MathAnswerReward
 ALGORITHMS: dict[str, tuple[type[Any], type[Any]]] = {"dapo": (DAPOConfig, DAPOTrainer), "dppo": (DPPOConfig, DPPOTrainer)}
 CONFIGS = Path(__file__).with_name("configs")  # shipped ones, in a folder per algorithm
 MATH_REWARD = "math_answer"
+EVAL_ACCURACY = "eval_answers/correct"
 
 # Other spellings of options, on the command line (by their dataclass) and in YAML files.
 _ALIASES = {"entropy_coeff": "entropy_coef"}
@@ -73,6 +73,13 @@ class TrainArguments:
 
 
 class _Parser(TrlParser):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for action in self._actions:
+            # Of options that may be None, such as --bf16, TRL's parser wants the value spelt out.
+            if getattr(action.type, "__name__", "") == "string_to_bool" and action.nargs is None:
+                action.nargs, action.const = "?", True
+
     def set_defaults_with_config(self, **values: Any) -> list[str]:
         return super().set_defaults_with_config(**{_ALIASES.get(name, name): value for name, value in values.items()})
 
@@ -106,7 +113,7 @@ def parse(algorithm: str, arguments: Sequence[str]) -> tuple[TrainArguments, Any
     if model.model_name_or_path is None:
         parser.error("--model_name_or_path is needed: a folder, a hub id or 'offline'")
     if config.eval_strategy != "no" and not data.eval_size:
-        parser.error(f"--eval_strategy {config.eval_strategy} needs --eval_size")
+        parser.error(f"--eval_strategy {config.eval_strategy.value} needs --eval_size")
     return data, config, model
 
 
@@ -149,14 +156,20 @@ def train(algorithm: str, arguments: Sequence[str]) -> Any:
         config,
         train_dataset=prompts,
         eval_dataset=held_out if config.eval_strategy != "no" else None,
-        processing_class=AutoTokenizer.from_pretrained(
-            model, revision=model_args.model_revision, padding_side="left", trust_remote_code=config.trust_remote_code
-        ),
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
     )
+    need = config.generation_batch_size // config.num_generations
+    if len(trainer.train_dataset) < need and not getattr(config, "filter_groups_enable", False):
+        raise ValueError(
+            f"`dataset_name`={data_args.dataset_name!r} gives {len(trainer.train_dataset)} prompts to train on, fewer than the "
+            f"{need} of one rollout: no step would be made"
+        )
     trainer.train(resume_from_checkpoint=_resume(config.resume_from_checkpoint))
     trainer.save_model(config.output_dir)
+    accuracy = [entry[EVAL_ACCURACY] for entry in trainer.state.log_history if EVAL_ACCURACY in entry]
+    if len(accuracy) > 1:
+        trainer.accelerator.print(f"held-out answers that are right: {accuracy[0]:.1%} first, {accuracy[-1]:.1%} last")
     trainer.accelerator.print(f"model    {config.output_dir}")
     if "tensorboard" in config.report_to:
         trainer.accelerator.print(f"curves   tensorboard --logdir {config.output_dir}")

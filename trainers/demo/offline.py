@@ -1,7 +1,6 @@
 """A small model made on this machine for generated problems, where no hub can be reached: `OFFLINE_MODEL` stands for it."""
 
 import random
-import string
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,13 +12,16 @@ from dppo_kernels.trainers.demo.warmup import build_model, warm_up
 
 OFFLINE_MODEL = "offline"
 WARMUP_STEPS = 600
-WRONG = 0.3  # share of the teacher's answers with a wrong digit
+FORGETS_TEN = 0.6  # share of the teacher's answers beyond 10 that are 10 short
 
 _PREFIX = "Answer: "  # one token: the model has little to write
 
 
 def careless_solutions(prompts: Sequence[str], answers: Sequence[str], seed: int) -> list[tuple[str, str]]:
-    """Prompts and what a careless teacher writes: the last line that a verifier reads, often with one digit wrong."""
+    """Prompts and what a careless teacher writes, in the line that a verifier reads: whole numbers are often 10 short.
+
+    An imitator knows the right answer and mostly writes the wrong one, as a base model might: there is something to reinforce.
+    """
     rng = random.Random(seed)
     return [(prompt, _PREFIX + _careless(answer, rng)) for prompt, answer in zip(prompts, answers, strict=True)]
 
@@ -61,9 +63,6 @@ def build_offline_model(
 
 
 def _careless(answer: str, rng: random.Random) -> str:
-    digits = [i for i, character in enumerate(answer) if character.isdigit()]
-    if not digits or rng.random() >= WRONG:
+    if not answer.isdigit() or int(answer) < 10 or rng.random() >= FORGETS_TEN:
         return answer
-    place = rng.choice(digits)
-    other = rng.choice([digit for digit in string.digits if digit != answer[place]])
-    return answer[:place] + other + answer[place + 1 :]
+    return str(int(answer) - 10)
