@@ -31,7 +31,8 @@ class DAPOConfig(PolicyConfig):
             name of a reward function, or "reward" for the weighted sum. None = the column "acc" where it is reported, else the
             only reward function there is.
         max_filter_gen_batches: rounds of generation per training batch; 0 = no limit.
-        filter_gen_batch_size: prompts per round over all processes. None = as many as a training batch has.
+        filter_gen_batch_size: prompts per round over all processes. None = as many as what the batch still lacks asks for, by
+            the share of groups that were kept, and at most as many as a batch has: fewer are generated for nothing.
         filter_exhausted: after the last round: "error", "train" on the groups found (the loss is rescaled to them), or "top_up"
             with groups that were filtered out.
         filter_surplus: groups beyond a batch: "drop" them, or "carry" them over to the next batch, once, as stale ones.

@@ -40,6 +40,7 @@ class Scored(NamedTuple):
 class Round(NamedTuple):
     """One call of GRPO's generation and scoring."""
 
+    share: int  # groups of every process
     batch: dict[str, Any]  # rows of this process
     scored: Scored
     verdicts: list[Verdict]  # one a group, over all processes
@@ -85,6 +86,8 @@ class DynamicSamplingMixin(Host):
         return RefillRule(
             need=need,
             per_round=self.args.filter_gen_batch_size or need,
+            fitted=self.args.filter_gen_batch_size is None,
+            multiple=self.accelerator.num_processes,
             max_rounds=self.args.max_filter_gen_batches,
             exhausted=self.args.filter_exhausted,
             surplus=self.args.filter_surplus,
@@ -150,11 +153,11 @@ class DynamicSamplingMixin(Host):
         batch = self._assemble(collected, rounds, rule)
         self._log_collected(collected, rounds, rule, prompts.epochs)
         self._trains_stale = any(group.round < 0 for group in collected.trained)
-        self._keep_carried(collected, rounds, rule)
+        self._keep_carried(collected, rounds)
         return batch
 
     def _generate_round(self, rows: Sequence[int], rule: RefillRule) -> Round:
-        share = rule.per_round // self.accelerator.num_processes
+        share = len(rows) // self.accelerator.num_processes
         first = share * self.accelerator.process_index
         inputs = [dict(self.train_dataset[row]) for row in rows[first : first + share] for _ in range(self.num_generations)]
         with self._set_aside() as (metrics, logs):
@@ -164,7 +167,7 @@ class DynamicSamplingMixin(Host):
         grouped = (x.view(-1, self.num_generations) for x in (scored.metric, scored.rewards))
         if rule.surplus == "carry" and not self.captures_rollout and "old_per_token_logps" not in batch:
             batch["old_per_token_logps"] = self._behaviour_logprobs(batch)
-        return Round(batch, scored, judge(*grouped), metrics, logs)
+        return Round(share, batch, scored, judge(*grouped), metrics, logs)
 
     @contextmanager
     def _set_aside(self) -> Iterator[tuple[dict[str, list[float]], dict[str, Any]]]:
@@ -194,16 +197,16 @@ class DynamicSamplingMixin(Host):
     def _per_sequence(self) -> tuple[str, ...]:
         return ("importance_sampling_ratio",) if self.args.vllm_importance_sampling_mode.startswith("sequence") else ()
 
-    def _owner(self, group: Group, rule: RefillRule) -> int:
+    def _owner(self, group: Group, rounds: Sequence[Round]) -> int:
         if group.round < 0:
             return self._carried[group.place].owner
-        return group.place // (rule.per_round // self.accelerator.num_processes)
+        return group.place // rounds[group.round].share
 
-    def _rows(self, group: Group, rounds: Sequence[Round], rule: RefillRule) -> Rows:
+    def _rows(self, group: Group, rounds: Sequence[Round]) -> Rows:
         """Of a group that this process holds."""
         if group.round < 0:
             return self._carried_rows[group.place]
-        place = group.place % (rule.per_round // self.accelerator.num_processes) * self.num_generations
+        place = group.place % rounds[group.round].share * self.num_generations
         rows = take_rows(rounds[group.round].batch, slice(place, place + self.num_generations), per_sequence=self._per_sequence)
         rows["stale"] = torch.zeros_like(rows["advantages"], dtype=torch.bool)
         return rows
@@ -211,10 +214,10 @@ class DynamicSamplingMixin(Host):
     def _assemble(self, collected: Collected, rounds: Sequence[Round], rule: RefillRule) -> dict[str, Any]:
         """The batch that this process trains on; where groups are missing, blank rows take their place."""
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
-        owners = [self._owner(group, rule) for group in collected.trained]
+        owners = [self._owner(group, rounds) for group in collected.trained]
         takers = share_out(owners, processes)
         mine = {
-            place: self._rows(group, rounds, rule)
+            place: self._rows(group, rounds)
             for place, (group, owner) in enumerate(zip(collected.trained, owners, strict=True))
             if owner == process
         }
@@ -223,7 +226,7 @@ class DynamicSamplingMixin(Host):
         parts = [{name: x.to(device) for name, x in held[place].items()} for place in sorted(held)]
         missing = rule.need // processes * self.num_generations - sum(len(part["advantages"]) for part in parts)
         if missing:
-            template = parts[0] if parts else self._rows(Group(0, self._first_own(rule)), rounds, rule)
+            template = parts[0] if parts else self._rows(Group(0, rounds[0].share * process), rounds)
             parts.append(blank_rows(template, missing))
         batch: dict[str, Any] = concatenate(parts, pad_token_id=self._tokenizer.pad_token_id, per_sequence=self._per_sequence)
         batch["num_items_in_batch"] = self.accelerator.reduce(active_tokens(batch).sum(), reduction="sum")
@@ -231,26 +234,23 @@ class DynamicSamplingMixin(Host):
             batch["filled"] = torch.tensor(len(collected.trained) / rule.need, device=device)
         return batch
 
-    def _first_own(self, rule: RefillRule) -> int:
-        return rule.per_round // self.accelerator.num_processes * self.accelerator.process_index
-
     def _rewards(self, group: Group, rounds: Sequence[Round]) -> list[float]:
         if group.round < 0:
             return self._carried[group.place].rewards
         first = group.place * self.num_generations
         return rounds[group.round].scored.rewards[first : first + self.num_generations].tolist()
 
-    def _keep_carried(self, collected: Collected, rounds: Sequence[Round], rule: RefillRule) -> None:
-        carried = [Carried(self._owner(group, rule), self._rewards(group, rounds)) for group in collected.carried]
+    def _keep_carried(self, collected: Collected, rounds: Sequence[Round]) -> None:
+        carried = [Carried(self._owner(group, rounds), self._rewards(group, rounds)) for group in collected.carried]
         rows = {}
         for index, group in enumerate(collected.carried):
             if carried[index].owner == self.accelerator.process_index:
-                rows[index] = {name: x.clone() for name, x in self._rows(group, rounds, rule).items()}
+                rows[index] = {name: x.clone() for name, x in self._rows(group, rounds).items()}
                 rows[index]["stale"].fill_(True)
         self._carried, self._carried_rows = carried, rows
 
     def _log_collected(self, collected: Collected, rounds: Sequence[Round], rule: RefillRule, epochs: float) -> None:
-        values = combine_metrics([r.metrics for r in rounds])
+        values = combine_metrics([r.metrics for r in rounds], [r.share for r in rounds])
         if rounds:
             per_function = torch.cat([r.scored.per_function for r in rounds])
             values |= generated_rewards(per_function, torch.cat([r.scored.rewards for r in rounds]), self.reward_func_names)

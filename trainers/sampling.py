@@ -77,7 +77,10 @@ class RefillRule:
 
     Args:
         need: groups that a training batch holds.
-        per_round: prompts generated at a time.
+        per_round: prompts generated at a time, or at most where rounds are fitted.
+        fitted: make rounds as large as what is missing asks for, by the share of groups kept so far, rather than `per_round`
+            always; the last one allowed is not.
+        multiple: rounds are multiples of it, as `per_round` is; the number of processes.
         max_rounds: rounds before giving up; 0 or less = no limit.
         exhausted: what then: "error"; "train" on the groups found; "top_up" with groups that were filtered out.
         surplus: "drop" groups beyond `need`, or "carry" them over to the next batch, once.
@@ -85,9 +88,28 @@ class RefillRule:
 
     need: int
     per_round: int
+    fitted: bool = False
+    multiple: int = 1
     max_rounds: int = 0
     exhausted: str = "error"
     surplus: str = "drop"
+
+    def round_size(self, missing: int, kept: int, generated: int, rounds: int) -> int:
+        """Prompts of the next round.
+
+        A fitted round expects the share (kept + 1) / (generated + 2) of its groups to be kept, and allows for one standard
+        deviation less, so that it is seldom followed by a tiny one: a round takes as long as its longest completion.
+
+        Args:
+            missing: groups that the batch lacks.
+            kept: groups with mixed answers, of the `generated` ones of this batch.
+            rounds: how many there were.
+        """
+        if not self.fitted or rounds + 1 == self.max_rounds:
+            return self.per_round
+        share = (kept + 1) / (generated + 2)
+        wanted = math.ceil((missing + math.sqrt(missing * (1 - share))) / share)
+        return min(math.ceil(wanted / self.multiple) * self.multiple, self.per_round)
 
 
 @dataclass
@@ -115,7 +137,7 @@ def collect(
     """Generate rounds of new prompts until a training batch is full.
 
     Args:
-        prompts: advanced by `rule.per_round` a round.
+        prompts: advanced by the size of every round.
         rule: how many, and what to do when they do not suffice or are too many.
         generate: completes the prompts of these dataset rows; returns one verdict a group.
         carried: groups left over from the batch before; they come first, and cannot be carried again.
@@ -129,7 +151,9 @@ def collect(
     result = Collected()
     start = prompts.position
     while len(kept) < rule.need and not 0 < rule.max_rounds <= result.rounds:
-        verdicts = generate(prompts.take(rule.per_round))
+        seen = result.verdicts
+        size = rule.round_size(rule.need - len(kept), seen["mixed"], seen.total(), result.rounds)
+        verdicts = generate(prompts.take(size))
         result.verdicts.update(verdicts)
         for index, verdict in enumerate(verdicts):
             (kept if verdict == "mixed" else filtered).append(Group(result.rounds, index))
@@ -141,7 +165,7 @@ def collect(
             )
     missing = rule.need - len(kept)
     if missing > 0:
-        found = f"{len(kept)} of {rule.need} groups with mixed answers after {result.rounds} rounds of {rule.per_round} prompts"
+        found = f"{len(kept)} of {rule.need} groups with mixed answers after {result.rounds} rounds"
         if rule.exhausted == "error":
             raise RuntimeError(
                 f"{found} ({_describe(result)}): raise `max_filter_gen_batches` or `filter_gen_batch_size`, filter the prompts "

@@ -8,11 +8,18 @@ from torch import Tensor
 from dppo_kernels.trainers.sampling import Collected, RefillRule, judge
 
 
-def combine_metrics(rounds: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float]:
-    """GRPO's metrics of one batch from those of its rounds, which have as many rows each: mean, least, largest or last."""
+def combine_metrics(rounds: Sequence[Mapping[str, Sequence[float]]], sizes: Sequence[int]) -> dict[str, float]:
+    """GRPO's metrics of one batch from those of its rounds: the mean over rows, the least, largest or last.
+
+    Args:
+        rounds: lists by name; `sizes`: their rows.
+    """
     combined = {}
     for name in dict.fromkeys(name for metrics in rounds for name in metrics):
-        values = [x for metrics in rounds for x in metrics.get(name, ()) if not math.isnan(x)]
+        weighted = [
+            (x, size) for metrics, size in zip(rounds, sizes, strict=True) for x in metrics.get(name, ()) if not math.isnan(x)
+        ]
+        values = [x for x, _ in weighted]
         last = name.rsplit("/")[-1]
         if not values:
             combined[name] = math.nan
@@ -23,7 +30,7 @@ def combine_metrics(rounds: Sequence[Mapping[str, Sequence[float]]]) -> dict[str
         elif last.startswith("max"):
             combined[name] = max(values)
         else:
-            combined[name] = sum(values) / len(values)
+            combined[name] = sum(x * size for x, size in weighted) / sum(size for _, size in weighted)
     return combined
 
 
@@ -60,6 +67,7 @@ def batch_metrics(collected: Collected, rule: RefillRule, trained: Tensor, epoch
         **moments("reward", trained),
         "frac_reward_zero_std": flat / len(trained),
         "dapo/num_gen_batches": collected.rounds,
+        "dapo/num_prompts": collected.verdicts.total(),
         "dapo/frac_all_correct": collected.share("all_correct"),
         "dapo/frac_all_wrong": collected.share("all_wrong"),
         "dapo/frac_kept": collected.share("mixed"),

@@ -25,6 +25,17 @@ class Oracle:
         self.drawn: list[int] = []  # dataset row of every draw
         self.waiting: list[int] = []  # draws carried over
 
+    def next_round(self, good: int, fresh_from: int, rounds: int) -> int:
+        if not self.rule.fitted or self.rule.max_rounds == rounds + 1:
+            return self.rule.per_round
+        seen = self.verdicts[fresh_from : len(self.drawn)]
+        p = (seen.count("mixed") + 1) / (len(seen) + 2)
+        missing = self.rule.need - good
+        for size in range(self.rule.multiple, self.rule.per_round, self.rule.multiple):
+            if size * p >= missing + (missing * (1 - p)) ** 0.5:  # enough, even one deviation below what is expected
+                return size
+        return self.rule.per_round
+
     def batch(self) -> tuple[list[int], list[int], int] | None:
         """(draws to train on, draws carried over, rounds), or None where the rule gives up."""
         fresh_from = len(self.drawn)
@@ -32,7 +43,7 @@ class Oracle:
         while len(good) < self.rule.need:
             if self.rule.max_rounds > 0 and rounds == self.rule.max_rounds:
                 break
-            for _ in range(self.rule.per_round):
+            for _ in range(self.next_round(len(good), fresh_from, rounds)):
                 draw = len(self.drawn)
                 self.drawn.append(next(self.rows))
                 (good if self.verdicts[draw] == "mixed" else bad).append(draw)
@@ -70,17 +81,21 @@ class Run:
 
     def batch(self) -> tuple[Collected, list[int], list[int]]:
         stream = PromptStream(self.size, seed=self.seed, shuffle=self.shuffle)  # as after every resume
-        stream.position = first = self.position
+        stream.position = self.position
+        starts: list[int] = []
 
         def generate(rows: list[int]) -> list[Any]:
             start = len(self.drawn)
+            starts.append(start)
+            assert len(rows) % self.rule.multiple == 0
+            assert 0 < len(rows) <= self.rule.per_round
             self.drawn += rows
             return [self.verdicts[draw] for draw in range(start, start + len(rows))]
 
         collected = collect(stream, self.rule, generate, carried=len(self.carried))
 
         def draw(group: Group) -> int:
-            return self.carried[group.place] if group.round < 0 else first + group.round * self.rule.per_round + group.place
+            return self.carried[group.place] if group.round < 0 else starts[group.round] + group.place
 
         trained, carried = ([draw(group) for group in groups] for groups in (collected.trained, collected.carried))
         self.position, self.carried = stream.position, carried
@@ -94,7 +109,9 @@ def test_ten_thousand_batches_equal_the_oracle() -> None:
         need, share = rng.randint(1, 6), rng.choice([0.1, 0.4, 0.9])
         rule = RefillRule(
             need=need,
-            per_round=rng.randint(1, 9),
+            per_round=rng.randint(1, 5) * (multiple := rng.choice([1, 2])),
+            fitted=rng.random() < 0.5,
+            multiple=multiple,
             max_rounds=rng.choice([0, 1, 2, 5]),
             exhausted=rng.choice(["error", "train", "top_up"]),
             surplus=rng.choice(["drop", "carry"]),
@@ -104,6 +121,7 @@ def test_ten_thousand_batches_equal_the_oracle() -> None:
         oracle = Oracle(size, epochs(size, seed, shuffle), verdicts, rule)
         run = Run(size, seed, shuffle, verdicts, rule)
         for _ in range(50):
+            drawn = len(oracle.drawn)
             expected, before = oracle.batch(), len(oracle.drawn)
             batches += 1
             if expected is None:
@@ -115,8 +133,9 @@ def test_ten_thousand_batches_equal_the_oracle() -> None:
             assert (trained, carried, collected.rounds) == expected
             assert run.drawn == oracle.drawn
             assert len(run.drawn) == run.position == before
-            generated = collected.rounds * rule.per_round
+            generated = before - drawn
             assert collected.verdicts.total() == generated
+            assert rule.fitted or generated == collected.rounds * rule.per_round
             if generated:
                 assert sum(collected.share(v) for v in VERDICTS) == pytest.approx(1)
                 mixed = sum(verdicts[draw] == "mixed" for draw in range(before - generated, before))
@@ -141,7 +160,7 @@ def test_errors_say_what_was_found_and_what_to_do() -> None:
         return ["mixed", *["all_correct"] * (len(rows) - 1)]
 
     rule = RefillRule(need=4, per_round=3, max_rounds=2)
-    with pytest.raises(RuntimeError, match=r"2 of 4 groups .* after 2 rounds of 3 prompts \(4 all correct, 2 mixed\): raise"):
+    with pytest.raises(RuntimeError, match=r"2 of 4 groups .* after 2 rounds \(4 all correct, 2 mixed\): raise"):
         collect(PromptStream(10, seed=0, shuffle=True), rule, generate)
     nothing = RefillRule(need=4, per_round=3, max_rounds=1, exhausted="train")
     with pytest.raises(RuntimeError, match="nothing to train on"):
@@ -194,3 +213,23 @@ def test_a_shaped_reward_does_not_keep_a_group_that_is_all_right() -> None:
     rewards = torch.tensor([[1.0, 0.5, 1.0, 0.75]])
     assert judge(torch.ones(1, 4), rewards) == ["all_correct"]
     assert judge(rewards, rewards) == ["mixed"]
+
+
+def test_fitted_rounds_leave_fewer_groups_over() -> None:
+    """At the keep rates of a real run, against rounds as large as a batch."""
+    rng = random.Random(1)
+    for rate in (0.35, 0.6, 0.8, 0.95):
+        made = {}
+        for fitted in (False, True):
+            rule = RefillRule(need=512, per_round=512, fitted=fitted, multiple=8)
+            stream = PromptStream(17_000, seed=0, shuffle=True)
+            rounds = []
+            for _ in range(20):
+                collected = collect(
+                    stream, rule, lambda rows, rate=rate: ["mixed" if rng.random() < rate else "all_wrong" for _ in rows]
+                )
+                rounds.append(collected.rounds)
+            made[fitted] = stream.position
+            assert max(rounds) <= math.ceil(1 / rate) + 2
+        assert made[True] <= made[False]
+        assert made[True] < 1.06 * 20 * 512 / rate  # what it takes if every group is used

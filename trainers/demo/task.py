@@ -64,9 +64,13 @@ class VerifiedAnswer:
     __name__ = "verified_answer"
 
     def __init__(self, shuffle_seed: int | None = None) -> None:
+        self.tokens = 0  # of all completions so far
         self._rng = None if shuffle_seed is None else random.Random(shuffle_seed)
 
-    def __call__(self, completions: list[str], answer: list[str], **kwargs: Any) -> list[float]:
+    def __call__(
+        self, completions: list[str], answer: list[str], completion_ids: Sequence[Sequence[int]] = (), **kwargs: Any
+    ) -> list[float]:
+        self.tokens += sum(map(len, completion_ids))
         rewards = [float(text == right) for text, right in zip(completions, answer, strict=True)]
         if self._rng is not None:
             self._rng.shuffle(rewards)
