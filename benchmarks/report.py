@@ -1,4 +1,4 @@
-"""Reading results back: comparisons of two runs, the README's table, plots of time and peak memory."""
+"""Reading results back: comparisons of two runs, the table of docs/benchmarks.md, plots of time and peak memory."""
 
 import csv
 import subprocess
@@ -13,6 +13,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 KEY = ("case", "shape", "dtype", "mode", "provider")
 BEGIN, END = "<!-- benchmarks: written by `python -m benchmarks report` -->", "<!-- end of benchmarks -->"
+DOCUMENT = ROOT / "docs" / "benchmarks.md"
 STANDARD = ("S1", "S2", "S3", "C1", "C2", "C3")
 
 Row = dict[str, str]
@@ -59,12 +60,10 @@ def _rows_of(source: str, folder: Path) -> dict[tuple[str, ...], Row]:
 
 
 def write_report(results: Path, console: Console) -> int:
-    """Put a table of the standard shapes between the README's markers, and plots beside the results."""
+    """Put a table of the standard shapes between the markers of docs/benchmarks.md, and plots beside the results."""
     rows = list(read_rows(results).values())
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    before, rest = text.split(BEGIN)
-    readme.write_text(before + BEGIN + "\n" + markdown(rows) + "\n" + END + rest.split(END)[1])
+    before, rest = DOCUMENT.read_text().split(BEGIN)
+    DOCUMENT.write_text(before + BEGIN + "\n" + markdown(rows) + "\n" + END + rest.split(END)[1])
     for path in plot(rows, results):
         console.print(f"wrote {path}", soft_wrap=True)
     return 0

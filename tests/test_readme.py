@@ -38,7 +38,10 @@ def _with_a_model_built_here(block: str, tmp_path: Path) -> str:
     tokenizer.save_pretrained(tmp_path / "model")
     for pattern, new in (
         (r'"Qwen/Qwen3-0\.6B"', f'"{tmp_path / "model"}"'),
-        (r'output_dir="outputs/\w+"', f'output_dir="{tmp_path / "out"}", use_cpu=True, bf16=False, max_steps=2, report_to=[]'),
+        (
+            r'output_dir="outputs/\w+"',
+            f'output_dir="{tmp_path / "out"}", use_cpu=True, bf16=False, max_steps=2, logging_steps=1, report_to=[]',
+        ),
     ):
         block, count = re.subn(pattern, new, block)
         assert count == 1
@@ -66,8 +69,25 @@ def test_the_trainer_example_runs(tmp_path) -> None:
         assert {stem + suffix for suffix in suffixes} <= logged, pattern
 
 
-def test_the_accelerated_example_runs(tmp_path, monkeypatch) -> None:
+def test_the_dapo_example_runs(tmp_path, monkeypatch) -> None:
+    """As printed, but a random model is never right: batches are topped up, and small."""
     block = _with_a_model_built_here(BLOCKS[2], tmp_path)
+    more = 'filter_exhausted="top_up", max_filter_gen_batches=1, gradient_accumulation_steps=1, num_generations=2, '
+    block = block.replace("filter_groups_enable=True,", more + "filter_groups_enable=True, per_device_train_batch_size=2,")
+    block = block.replace("=1024", "=12").replace("=256", "=4")
+    from dppo_kernels.trainers import DAPOTrainer
+
+    train, trained = DAPOTrainer.train, []
+    monkeypatch.setattr(DAPOTrainer, "train", lambda trainer: trained.append(trainer) or train(trainer))
+    exec(block, {})
+    [trainer] = trained
+    assert trainer.state.global_step == 2
+    logged = set().union(*trainer.state.log_history)
+    assert {"dapo/frac_kept", "overlong/frac", "answers/correct", "clip_fraction"} <= logged
+
+
+def test_the_accelerated_example_runs(tmp_path, monkeypatch) -> None:
+    block = _with_a_model_built_here(BLOCKS[3], tmp_path)
     from dppo_kernels.trainers.accelerate import LinearLogprobFunction
 
     forward, calls = LinearLogprobFunction.forward, []

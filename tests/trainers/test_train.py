@@ -1,6 +1,8 @@
 """``dppo train``: shipped configs, options, and the whole command on a tiny budget."""
 
+import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +13,11 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dppo_kernels import PRESETS
+from dppo_kernels import DIVERGENCES, PRESETS
 from dppo_kernels.trainers import cli
 from dppo_kernels.trainers.demo.offline import build_offline_model, careless_solutions
+from dppo_kernels.trainers.loss_spec import LOSS_TYPES
+from dppo_kernels.trainers.sampling import EXHAUSTED_POLICIES, SURPLUS_POLICIES
 from dppo_kernels.trainers.train import ALGORITHMS, parse, shipped_configs, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,6 +127,8 @@ def test_the_quick_test_trains_evaluates_logs_and_saves(tmp_path, capsys) -> Non
         assert column in printed
     logged = tags(out)
     assert {f"train/{name}" for name in REQUESTED} <= set(logged)
+    assert len(documented_metrics()) > 30
+    assert {f"train/{name}" for name in documented_metrics() - {"kl"}} <= set(logged)  # the KL needs a `beta`
     assert {"eval/answers/correct", "eval/reward/mean"} <= set(logged)
     assert logged["train/frac_reward_zero_std"] == [0]
     assert len(logged["eval/answers/correct"]) == 2
@@ -136,6 +142,15 @@ def test_the_quick_test_trains_evaluates_logs_and_saves(tmp_path, capsys) -> Non
     )
     resumed = trainer.model.state_dict()
     assert all((resumed[name] == p).all() for name, p in model.state_dict().items())
+
+
+DOCUMENT = (ROOT / "docs" / "dapo.md").read_text()
+
+
+def documented_metrics() -> set[str]:
+    """Names in the first column of the table of docs/dapo.md."""
+    rows = re.findall(r"^\| (`[^|]+) \|", DOCUMENT.split("## What is logged")[1].split("## ")[0], re.MULTILINE)
+    return {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
 
 
 # The metrics that were asked for by name, by the request and by the issue.
@@ -235,6 +250,15 @@ def test_launch_scripts(
     assert data.dataset_name == "BytedTsinghua-SIA/DAPO-Math-17k"
     assert config.filter_groups_enable
     assert config.apply_overlong_penalty
+
+
+def test_options_that_the_document_names_exist() -> None:
+    table = DOCUMENT.split("## The parts and their options")[1].split("## ")[0]
+    fields = {field.name for field in dataclasses.fields(ALGORITHMS["dapo"][0])}
+    named = {name for row in re.findall(r"^\|[^|]+\|(.*)\|$", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    assert len(named & fields) >= 20
+    values = {*LOSS_TYPES, *DIVERGENCES, *EXHAUSTED_POLICIES, *SURPLUS_POLICIES, "group", "none"}
+    assert named <= fields | values
 
 
 def test_the_launch_script_on_several_processes(tmp_path) -> None:
