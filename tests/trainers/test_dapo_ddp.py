@@ -1,34 +1,19 @@
 """DAPO on two processes: one gradient however a step is split, and the same groups chosen on both."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tests.trainers.dapo_worker import KINDS, one_step
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.trainers.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What the two ranks of `dapo_worker` saw."""
     out = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--standalone"]
-    result = subprocess.run(
-        [*command, "-m", "tests.trainers.dapo_worker", str(out)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_ranks("tests.trainers.dapo_worker", str(out))
     ranks = [torch.load(out / f"rank{i}.pt") for i in range(2)]
     assert all(rank["world"] == 2 and rank["sampling"]["wrapped"] for rank in ranks)
     return ranks

@@ -1,14 +1,10 @@
 """Two processes under DistributedDataParallel: ranks agree, and each one's loss has GRPO's global normaliser."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.trainers.ranks import run_ranks
 
 
 @pytest.mark.parametrize(
@@ -17,17 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 )
 def test_two_ranks_stay_equal(tmp_path, kind: str, sampler: str) -> None:
     """With a vLLM server, one process generates for all, and TRL deals the completions out again."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--standalone"]
-    result = subprocess.run(
-        [*command, "-m", "tests.trainers.ddp_worker", str(tmp_path), kind, sampler],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_ranks("tests.trainers.ddp_worker", str(tmp_path), kind, sampler)
     ranks = [json.loads((tmp_path / f"rank{i}.json").read_text()) for i in range(2)]
     for rank in ranks:
         assert rank["world"] == 2
