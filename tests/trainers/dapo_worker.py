@@ -1,4 +1,5 @@
-"""One rank of `test_dapo_ddp.py`: one optimiser step on given completions, then dynamic sampling with ranks out of balance."""
+"""One rank of `test_dapo_ddp.py`: one optimiser step on given completions, dynamic sampling with ranks out of balance, and
+``dppo train``."""
 
 import sys
 from collections import Counter
@@ -10,8 +11,10 @@ from datasets import Dataset
 from torch.nn.parallel import DistributedDataParallel
 
 from dppo_kernels.trainers import DAPOConfig
+from dppo_kernels.trainers.train import train
 from tests.trainers import conftest
 from tests.trainers.test_dynamic_sampling import CARRY, Answers, Recording, rows_of
+from tests.trainers.test_train import MIXED, TINY
 
 tokenizer = conftest.tokenizer.__wrapped__()
 
@@ -97,6 +100,11 @@ def sampling(out: Path) -> dict[str, Any]:
 
 def main(out: Path) -> None:
     steps = {name: one_step(out, 4, 2, name == "filtered") for name in ("plain", "filtered")}
+    # The whole command: one rank makes the offline model, both train it, and one writes.
+    train(
+        "dapo",
+        ["--config", "cpu_quick_test", *TINY, *MIXED, "--per_device_eval_batch_size", "16", "--output_dir", str(out / "cli")],
+    )
     result = {"world": torch.distributed.get_world_size(), "steps": steps, "sampling": sampling(out)}
     torch.save(result, out / f"rank{torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()

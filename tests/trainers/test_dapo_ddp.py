@@ -1,5 +1,6 @@
 """DAPO on two processes: one gradient however a step is split, and the same groups chosen on both."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,13 +8,20 @@ import torch
 
 from tests.trainers.dapo_worker import KINDS, one_step
 from tests.trainers.ranks import run_ranks
+from tests.trainers.test_train import tags
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What the two ranks of `dapo_worker` saw."""
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `dapo_worker` wrote; what it printed is in `printed`."""
     out = tmp_path_factory.mktemp("ranks")
-    run_ranks("tests.trainers.dapo_worker", str(out))
+    (out / "printed").write_text(run_ranks("tests.trainers.dapo_worker", str(out)))
+    return out
+
+
+@pytest.fixture(scope="module")
+def ranks(out: Path) -> list[dict[str, Any]]:
+    """What the two ranks saw."""
     ranks = [torch.load(out / f"rank{i}.pt") for i in range(2)]
     assert all(rank["world"] == 2 and rank["sampling"]["wrapped"] for rank in ranks)
     return ranks
@@ -67,3 +75,9 @@ def test_two_ranks_choose_the_same_groups(ranks) -> None:
         waiting = fresh[max(0, 4 - len(waiting)) :][:4]
     assert moved >= 2
     assert next(remaining, None) is None
+
+
+def test_the_command_trains_on_two_ranks(out) -> None:
+    assert (out / "printed").read_text().count("held-out answers that are right: ") == 1
+    assert len(tags(out / "cli")["eval/answers/correct"]) == 2
+    assert (out / "cli" / "model.safetensors").is_file()

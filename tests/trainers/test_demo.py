@@ -79,20 +79,22 @@ def test_the_command_trains_every_method_and_writes_its_results(tmp_path, capsys
     assert len(list((out / "tensorboard").rglob("events.*"))) == 3
 
 
-def test_runs_end_by_the_tokens_they_generated(tmp_path) -> None:
-    """GRPO against DAPO on one rollout each: tokens of all rounds count, and accuracy is measured after it."""
+def test_runs_end_by_the_tokens_they_generated(tmp_path, monkeypatch) -> None:
+    """GRPO against DAPO on one small rollout each: tokens of all rounds count, and accuracy is measured after it."""
+    for name in ("GRPO", "DAPO"):
+        monkeypatch.setitem(run.METHODS[name][2], "per_device_train_batch_size", 64)
     out = tmp_path / "demo"
-    arguments = ["--methods", "GRPO", "DAPO", "--tokens", "2000", "--warmup_steps", "150", "--output_dir", str(out)]
+    arguments = ["--methods", "GRPO", "DAPO", "--tokens", "500", "--warmup_steps", "150", "--output_dir", str(out)]
     assert cli.main(["demo", *arguments]) == 0
     grpo, dapo = json.loads((out / "results.json").read_text())
     for result in (grpo, dapo):
         assert result["history"][-1]["step"] == 8
-        assert result["history"][-1]["tokens"] == result["tokens"] > 2000
+        assert result["history"][-1]["tokens"] == result["tokens"] > 500
         assert result["history"][-1]["accuracy"] == result["accuracy_after"]
         assert sum("accuracy" in entry for entry in result["history"]) == 1
-    assert grpo["tokens"] <= 1024 * 4 < dapo["tokens"]  # 128 groups of 8; DAPO filtered some, and generated others
+    assert grpo["tokens"] < dapo["tokens"]  # DAPO filtered some groups, and generated others
     assert dapo["history"][0]["frac_reward_zero_std"] == 0 < grpo["history"][0]["frac_reward_zero_std"]
-    assert dapo["history"][0]["dapo/num_prompts"] > 128
+    assert dapo["history"][0]["dapo/num_prompts"] > 32
     assert (out / "demo.png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -19,7 +19,6 @@ from dppo_kernels.trainers.demo.offline import build_offline_model, careless_sol
 from dppo_kernels.trainers.loss_spec import LOSS_TYPES
 from dppo_kernels.trainers.sampling import EXHAUSTED_POLICIES, SURPLUS_POLICIES
 from dppo_kernels.trainers.train import ALGORITHMS, parse, shipped_configs, train
-from tests.trainers.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
@@ -152,16 +151,6 @@ def documented_metrics() -> set[str]:
     """Names in the first column of the table of docs/dapo.md."""
     rows = re.findall(r"^\| (`[^|]+) \|", DOCUMENT.split("## What is logged")[1].split("## ")[0], re.MULTILINE)
     return {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
-
-
-def test_two_processes_train_together(tmp_path) -> None:
-    """One makes the offline model, both train it, and one writes."""
-    out = tmp_path / "out"
-    arguments = ["train", "dapo", "--config", "cpu_quick_test", *TINY, *MIXED, "--output_dir", str(out)]
-    printed = run_ranks("dppo_kernels.trainers.cli", *arguments, "--per_device_eval_batch_size", "16")
-    assert printed.count("held-out answers that are right: ") == 1
-    assert len(tags(out)["eval/answers/correct"]) == 2
-    assert (out / "model.safetensors").is_file()
 
 
 # The metrics that were asked for by name, by the request and by the issue.

@@ -142,10 +142,12 @@ def test_hub_ids_are_left_to_load_dataset(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert [answer for _, answer in pairs(load_prompts("BytedTsinghua-SIA/DAPO-Math-17k"))] == ["1", "2", "3"]
-    load_prompts("some_one/v1.5-set", split="test")
+    load_prompts("some_one/v1.5-set", config="main", split="test")
+    with pytest.raises(ValueError, match="`config` is for hub datasets, got 'main' with `source` 'mixed:20'"):
+        load_prompts("mixed:20", config="main")
     assert calls == [
-        (("BytedTsinghua-SIA/DAPO-Math-17k",), {"split": "train"}),
-        (("some_one/v1.5-set",), {"split": "test"}),
+        (("BytedTsinghua-SIA/DAPO-Math-17k",), {"name": None, "split": "train"}),
+        (("some_one/v1.5-set",), {"name": "main", "split": "test"}),
     ]
 
 
