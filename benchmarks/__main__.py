@@ -31,7 +31,7 @@ def main() -> int:
     compare = commands.add_parser("compare", help="time of B over time of A, by case, shape, mode and provider")
     compare.add_argument("a", help="a CSV file of results, a folder of them, or a git ref (run with --quick)")
     compare.add_argument("b", help="the same")
-    commands.add_parser("report", help="write the table of docs/benchmarks.md and plots of time and memory from benchmarks/results")
+    commands.add_parser("report", help="write docs/benchmarks.md's table and plots of time and memory from benchmarks/results")
     compiled = commands.add_parser("compile", help="compile every kernel ahead of time and report its resources")
     compiled.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parsed = parser.parse_args()

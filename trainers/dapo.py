@@ -1,10 +1,10 @@
 """DAPO: clip-higher, token-level loss, dynamic sampling and overlong reward shaping (arXiv 2503.14476)."""
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dppo_kernels import DIVERGENCES, _checks
@@ -110,6 +110,8 @@ class DAPOConfig(PolicyConfig):
         ):
             if getattr(self, name) == value:
                 raise ValueError(f"`{name}`={value!r} {why}: not with `filter_groups_enable`")
+        if self.filter_exhausted == "train" and self.loss_type == "bnpo" and self.divergence_type is None:
+            raise ValueError("`filter_exhausted`='train' cannot rescale `loss_type`='bnpo', whose micro-batches weigh alike")
 
 
 class DAPOTrainer(DynamicSamplingMixin, PromptLengthMixin, PolicyTrainer):
@@ -131,14 +133,20 @@ class DAPOTrainer(DynamicSamplingMixin, PromptLengthMixin, PolicyTrainer):
     _paper = {"title": "DAPO: An Open-Source LLM Reinforcement Learning System at Scale", "id": "2503.14476"}  # noqa: RUF012
     config_class = DAPOConfig
 
+    # TRL's: one entry a reward function.
+    reward_funcs: list[Any]
+    reward_func_names: list[str]
+    reward_processing_classes: list[Any]
+    reward_weights: Tensor
+
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *rest: Any, **kwargs: Any) -> None:
-        if isinstance(args, DAPOConfig) and args.apply_overlong_penalty:
-            given = reward_funcs if isinstance(reward_funcs, list) else [] if reward_funcs is None else [reward_funcs]
-            reward_funcs = [*given, args.overlong_penalty()]
-            if args.reward_weights is not None:
-                args = copy.copy(args)  # the caller may build another trainer from it
-                args.reward_weights = [*args.reward_weights, 1.0]
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
+        if self.args.apply_overlong_penalty:
+            penalty = self.args.overlong_penalty()
+            self.reward_funcs = [*self.reward_funcs, penalty]
+            self.reward_func_names = [*self.reward_func_names, penalty.__name__]
+            self.reward_processing_classes = [*self.reward_processing_classes, None]
+            self.reward_weights = torch.cat([self.reward_weights, torch.ones(1)])
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         buffered = self._buffered_inputs
@@ -154,3 +162,9 @@ class DAPOTrainer(DynamicSamplingMixin, PromptLengthMixin, PolicyTrainer):
         count = super()._denominator(inputs, mask)
         # Blank rows of a batch that was not filled count as sequences; tokens they have none.
         return count * inputs["filled"] if "filled" in inputs and self.spec.reduction != "token_mean" else count
+
+    def _entropy_denominator(self, inputs: Mapping[str, Any], mask: Tensor) -> Tensor | float:
+        """Tokens of the optimiser step, whatever micro-batches they are in; of one's own where the loss is a mean over them."""
+        if self.spec.divergence is None and self.loss_type == "bnpo":
+            return super()._entropy_denominator(inputs, mask)
+        return self.step_tokens(inputs)

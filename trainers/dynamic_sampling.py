@@ -1,5 +1,6 @@
 """DAPO's dynamic sampling on GRPOTrainer: rounds of new prompts until a training batch of groups with mixed answers is full."""
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,11 +9,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import gather
+from accelerate.utils import gather, gather_object
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
+from dppo_kernels.trainers.completions_table import TableRows, cut_rows, fill_table
 from dppo_kernels.trainers.normaliser import active_tokens
 from dppo_kernels.trainers.rollout_groups import Rows, blank_rows, concatenate, hand_over, take_rows
 from dppo_kernels.trainers.sampling import Collected, Group, PromptStream, RefillRule, Verdict, collect, judge, share_out
@@ -53,6 +55,7 @@ class Carried(NamedTuple):
 
     owner: int  # process that holds its rows
     rewards: list[float]
+    table: str  # its rows of the completions table as JSON, which a checkpoint can hold whatever reward functions report
 
 
 class DynamicSamplingMixin(Host):
@@ -99,6 +102,18 @@ class DynamicSamplingMixin(Host):
         self._carried, self._carried_rows, self._trains_stale = [], {}, False
         return super().train(*args, **kwargs)
 
+    def prompts_used_up(self) -> bool:
+        """Whether the prompts of `num_train_epochs` have been drawn, and the batches made of them are trained on."""
+        if self._prompts is None or self.args.max_steps > 0 or self._prompts.epochs < self.args.num_train_epochs:
+            return False
+        return self.needs_rollout_next()
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        if self.prompts_used_up():  # a finished run that is resumed
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
+
     def needs_rollout_next(self) -> bool:
         """Whether the next optimiser step generates."""
         period = self.args.steps_per_generation * self.num_iterations
@@ -115,8 +130,9 @@ class DynamicSamplingMixin(Host):
 
     def _filter_metric(self, per_function: Tensor, rewards: Tensor, rows: int) -> Tensor:
         name = self.args.filter_groups_metric
-        reported = self._pending_extra_logs.get(name or ACCURACY)
-        if reported is not None:
+        # Another process may have reported what this one has not, and a collective follows.
+        if any(gather_object([(name or ACCURACY) in self._pending_extra_logs])):
+            reported = self._pending_extra_logs.get(name or ACCURACY, [None] * rows)
             if len(reported) != rows:
                 raise ValueError(f"{len(reported)} values of `{name or ACCURACY}` were reported for {rows} completions")
             values = [math.nan if value is None else float(value) for value in reported]
@@ -163,7 +179,7 @@ class DynamicSamplingMixin(Host):
         with self._set_aside() as (metrics, logs):
             batch = super()._generate_and_score_completions(inputs)
         scored = self._scored
-        assert scored.metric is not None
+        assert scored.metric is not None  # training, with filtering
         grouped = (x.view(-1, self.num_generations) for x in (scored.metric, scored.rewards))
         if rule.surplus == "carry" and not self.captures_rollout and "old_per_token_logps" not in batch:
             batch["old_per_token_logps"] = self._behaviour_logprobs(batch)
@@ -241,7 +257,14 @@ class DynamicSamplingMixin(Host):
         return rounds[group.round].scored.rewards[first : first + self.num_generations].tolist()
 
     def _keep_carried(self, collected: Collected, rounds: Sequence[Round]) -> None:
-        carried = [Carried(self._owner(group, rounds), self._rewards(group, rounds)) for group in collected.carried]
+        carried = [
+            Carried(
+                self._owner(group, rounds),
+                self._rewards(group, rounds),
+                json.dumps(self._table_rows(group, rounds), default=str),
+            )
+            for group in collected.carried
+        ]
         rows = {}
         for index, group in enumerate(collected.carried):
             if carried[index].owner == self.accelerator.process_index:
@@ -257,25 +280,21 @@ class DynamicSamplingMixin(Host):
         trained = torch.tensor([self._rewards(group, rounds) for group in collected.trained])
         values |= batch_metrics(collected, rule, trained, epochs)
         logged = self._metrics["train"]
-        logged["num_tokens"] = []  # a total, of which TRL keeps the last
         for name, value in values.items():
             logged[name].append(value)
-        for group in (*collected.trained, *collected.carried):
-            if group.round >= 0:
-                self._show(rounds[group.round].logs, group.place * self.num_generations)
+        logged["num_tokens"] = [self.state.num_input_tokens_seen]  # a total, of which TRL keeps the last
+        fill_table(self._logs, [self._table_rows(group, rounds) for group in collected.trained])
 
-    def _show(self, logs: Mapping[str, Any], first: int) -> None:
-        """Copy a group's rows into TRL's completions table."""
-        rows = slice(first, first + self.num_generations)
-        for name, values in logs.items():
-            if not isinstance(values, dict):
-                self._logs[name].extend(values[rows])
-                continue
-            for column, cells in values.items():
-                self._logs[name][column].extend(cells[rows])
+    def _table_rows(self, group: Group, rounds: Sequence[Round]) -> TableRows:
+        if group.round < 0:
+            rows: TableRows = json.loads(self._carried[group.place].table)
+            return rows
+        return cut_rows(rounds[group.round].logs, group.place * self.num_generations, self.num_generations)
 
-    def resume_signature(self) -> dict[str, float]:
-        return {**super().resume_signature(), "filter_groups_enable": int(self._prompts is not None)}
+    def resume_signature(self) -> dict[str, float | str]:
+        filters = self._prompts is not None
+        carries = filters and self.args.filter_surplus == "carry"  # waiting groups must have the tensors of fresh ones
+        return {**super().resume_signature(), "filter_groups_enable": int(filters), "carries": int(carries)}
 
     def extra_resume_state(self) -> dict[str, Any]:
         carried = {
@@ -320,9 +339,6 @@ class _StopAfterEpochs(TrainerCallback):
         self.trainer = trainer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        prompts = self.trainer._prompts
-        if args.max_steps > 0 or prompts is None or prompts.epochs < args.num_train_epochs:
-            return
-        if self.trainer.needs_rollout_next():
+        if self.trainer.prompts_used_up():
             control.should_training_stop = True
             control.should_save |= args.save_strategy == SaveStrategy.STEPS  # as at the last of `max_steps`

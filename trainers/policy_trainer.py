@@ -113,6 +113,15 @@ class PolicyTrainer(MismatchMonitorMixin, ExactResumeMixin, RolloutCaptureMixin,
         if self.captures_rollout:
             check_deterministic(self.model)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        need = self.args.generation_batch_size // self.num_generations
+        if hasattr(self.train_dataset, "__len__") and len(self.train_dataset) < need:
+            raise ValueError(
+                f"`train_dataset` has {len(self.train_dataset)} prompts, fewer than the {need} of one rollout "
+                f"(`generation_batch_size` / `num_generations`): no step would be made"
+            )
+        return super().train(*args, **kwargs)
+
     def _is_reference(self, model: Any) -> bool:
         if model is self.ref_model or not is_peft_model(self.accelerator.unwrap_model(self.model)):
             return model is self.ref_model
@@ -143,7 +152,7 @@ class PolicyTrainer(MismatchMonitorMixin, ExactResumeMixin, RolloutCaptureMixin,
             self._generation_step = self.state.global_step
         return super()._generate_and_score_completions(inputs)
 
-    def resume_signature(self) -> dict[str, float]:
+    def resume_signature(self) -> dict[str, float | str]:
         return {**super().resume_signature(), "divergence_topk": self.rollout_topk, "captures": int(self.captures_rollout)}
 
     def extra_resume_state(self) -> dict[str, Any]:
@@ -165,6 +174,10 @@ class PolicyTrainer(MismatchMonitorMixin, ExactResumeMixin, RolloutCaptureMixin,
         if self.spec.divergence is not None or self.loss_type in STEP_NORMALISED:
             return self.step_tokens(inputs)
         return own_count(self.spec.reduction, mask, self.max_completion_length) * accumulation_steps(self)
+
+    def _entropy_denominator(self, inputs: Mapping[str, Any], mask: Tensor) -> Tensor | float:
+        """GRPO's: the mean over micro-batches of their means over tokens."""
+        return mask.sum().clamp(min=1) * accumulation_steps(self)
 
     def _scored_on_unchanged_weights(self) -> bool:
         return not self.model.training or self.state.global_step == self._generation_step
@@ -192,7 +205,7 @@ class PolicyTrainer(MismatchMonitorMixin, ExactResumeMixin, RolloutCaptureMixin,
             "topk_valid": inputs.get("rollout_topk_valid"),
             "token_weights": inputs.get("importance_sampling_ratio"),
             "denominator": self._denominator(inputs, mask),
-            "entropy_denominator": mask.sum().clamp(min=1) * accumulation,
+            "entropy_denominator": self._entropy_denominator(inputs, mask),
         }
         if self.args.fused_loss is not False and self.top_entropy_quantile == 1.0:
             scores = score(policy_loss={**arguments, "with_entropy": True, "score_inactive": self.args.score_inactive})

@@ -31,6 +31,11 @@ class PromptLengthMixin(Host):
             return
         if not hasattr(self.train_dataset, "__len__"):
             raise ValueError("`prompt_overflow`='drop' needs a dataset of known length, got an IterableDataset")
+        if self.environment_factories is not None:
+            raise ValueError(
+                "`prompt_overflow`='drop' cannot know the prompts that an `environment_factory` adds to: use 'left', or "
+                "`max_prompt_length`=None"
+            )
         short = [row for row, prompt in enumerate(self.train_dataset["prompt"]) if self._fits(prompt)]
         dropped = len(self.train_dataset) - len(short)
         if not short:

@@ -58,17 +58,21 @@ class ExactResumeMixin(Host):
     def load_portable_resume_state(self, state: dict[str, Any]) -> None:
         """Receives what `portable_resume_state` returned."""
 
-    def resume_signature(self) -> dict[str, float]:
+    def resume_signature(self) -> dict[str, float | str]:
         """Settings that a buffered rollout depends on: where one differs, the buffer is of no use."""
+        corrects = self.use_vllm and self.args.vllm_importance_sampling_correction
         return {
             "processes": self.accelerator.num_processes,
             "process": self.accelerator.process_index,
             "steps_per_generation": self.args.steps_per_generation,
+            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
             "num_iterations": self.num_iterations,
             "per_device_train_batch_size": self.args.per_device_train_batch_size,
             "num_generations": self.num_generations,
             "temperature": self.temperature,
             "scores_reference": int(self.beta != 0),
+            "importance_sampling": self.args.vllm_importance_sampling_mode if corrects else "none",
+            "tools": int(bool(self.tools)),
         }
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

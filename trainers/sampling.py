@@ -149,7 +149,7 @@ def collect(
     kept = [Group(-1, index) for index in range(carried)]
     filtered: list[Group] = []
     result = Collected()
-    start = prompts.position
+    kept_at = prompts.position  # where a group was found last
     while len(kept) < rule.need and not 0 < rule.max_rounds <= result.rounds:
         seen = result.verdicts
         size = rule.round_size(rule.need - len(kept), seen["mixed"], seen.total(), result.rounds)
@@ -158,7 +158,9 @@ def collect(
         for index, verdict in enumerate(verdicts):
             (kept if verdict == "mixed" else filtered).append(Group(result.rounds, index))
         result.rounds += 1
-        if rule.max_rounds <= 0 and not kept and prompts.position - start >= prompts.size:
+        if "mixed" in verdicts:
+            kept_at = prompts.position
+        if rule.max_rounds <= 0 and len(kept) < rule.need and prompts.position - kept_at >= prompts.size:
             raise RuntimeError(
                 f"a whole pass over {prompts.size} prompts gave no group with mixed answers ({_describe(result)}): they are "
                 "too easy or too hard, or the reward never varies. `max_filter_gen_batches` bounds the search"

@@ -9,7 +9,7 @@ from dppo_kernels.trainers.sampling import Collected, RefillRule, judge
 
 
 def combine_metrics(rounds: Sequence[Mapping[str, Sequence[float]]], sizes: Sequence[int]) -> dict[str, float]:
-    """GRPO's metrics of one batch from those of its rounds: the mean over rows, the least, largest or last.
+    """GRPO's metrics of one batch from those of its rounds: the mean over rows, the least or the largest.
 
     Args:
         rounds: lists by name; `sizes`: their rows.
@@ -17,21 +17,33 @@ def combine_metrics(rounds: Sequence[Mapping[str, Sequence[float]]], sizes: Sequ
     combined = {}
     for name in dict.fromkeys(name for metrics in rounds for name in metrics):
         weighted = [
-            (x, size) for metrics, size in zip(rounds, sizes, strict=True) for x in metrics.get(name, ()) if not math.isnan(x)
+            (x, _weight(name, metrics, size))
+            for metrics, size in zip(rounds, sizes, strict=True)
+            for x in metrics.get(name, ())
+            if not math.isnan(x)
         ]
+        # Where a round has nothing to take the mean of, TRL writes 0; so it is here where no round has.
+        weighted = [pair for pair in weighted if pair[1] > 0] or [(x, 1.0) for x, _ in weighted]
         values = [x for x, _ in weighted]
         last = name.rsplit("/")[-1]
         if not values:
             combined[name] = math.nan
-        elif name == "num_tokens":
-            combined[name] = values[-1]
         elif last.startswith("min"):
             combined[name] = min(values)
         elif last.startswith("max"):
             combined[name] = max(values)
         else:
-            combined[name] = sum(x * size for x, size in weighted) / sum(size for _, size in weighted)
+            combined[name] = sum(x * weight for x, weight in weighted) / sum(weight for _, weight in weighted)
     return combined
+
+
+def _weight(name: str, metrics: Mapping[str, Sequence[float]], rows: int) -> float:
+    """How much there is in a round of what a metric is taken over."""
+    if name.endswith("_terminated_length"):
+        return rows * (1 - metrics["completions/clipped_ratio"][0])
+    if name == "tools/failure_frequency":
+        return rows * metrics["tools/call_frequency"][0]
+    return rows
 
 
 def moments(name: str, values: Tensor) -> dict[str, float]:

@@ -98,7 +98,7 @@ def parse(algorithm: str, arguments: Sequence[str]) -> tuple[TrainArguments, Any
     names = shipped_configs(algorithm)
     description = f"Options of TRL's GRPOConfig and ModelConfig work too. Shipped for --config: {', '.join(names)}."
     parser = _Parser((TrainArguments, config_class, ModelConfig), prog=f"dppo train {algorithm}", description=description)
-    arguments = list(arguments)
+    arguments = [part for argument in arguments for part in _split_config(argument)]
     if "--config" in arguments[:-1]:
         place = arguments.index("--config") + 1
         given = arguments[place]
@@ -114,7 +114,14 @@ def parse(algorithm: str, arguments: Sequence[str]) -> tuple[TrainArguments, Any
         parser.error("--model_name_or_path is needed: a folder, a hub id or 'offline'")
     if config.eval_strategy != "no" and not data.eval_size:
         parser.error(f"--eval_strategy {config.eval_strategy.value} needs --eval_size")
+    if config.eval_strategy == "no" and data.eval_size:
+        parser.error(f"--eval_size {data.eval_size} takes prompts out of training: it needs --eval_strategy")
     return data, config, model
+
+
+def _split_config(argument: str) -> list[str]:
+    """TRL's parser knows `--config FILE`, and not `--config=FILE`."""
+    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
 
 
 def train(algorithm: str, arguments: Sequence[str]) -> Any:
@@ -134,11 +141,12 @@ def train(algorithm: str, arguments: Sequence[str]) -> Any:
     held_out = None
     if data_args.eval_size:
         prompts, held_out = split_problems(prompts, data_args.eval_size, seed=config.seed)
+    resume = _resume(config.resume_from_checkpoint)
     model = model_args.model_name_or_path
     if model == OFFLINE_MODEL:
         model = str(Path(config.output_dir) / "start")
         with config.main_process_first(desc="making the offline model"):
-            if config.process_index == 0 and not config.resume_from_checkpoint:
+            if config.process_index == 0 and not resume:
                 _make_offline_model(Path(model), prompts, config.seed, data_args.offline_warmup_steps)
     if data_args.as_chat:
         prompts = prompts.map(_as_chat)
@@ -159,13 +167,7 @@ def train(algorithm: str, arguments: Sequence[str]) -> Any:
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
     )
-    need = config.generation_batch_size // config.num_generations
-    if len(trainer.train_dataset) < need and not getattr(config, "filter_groups_enable", False):
-        raise ValueError(
-            f"`dataset_name`={data_args.dataset_name!r} gives {len(trainer.train_dataset)} prompts to train on, fewer than the "
-            f"{need} of one rollout: no step would be made"
-        )
-    trainer.train(resume_from_checkpoint=_resume(config.resume_from_checkpoint))
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(config.output_dir)
     accuracy = [entry[EVAL_ACCURACY] for entry in trainer.state.log_history if EVAL_ACCURACY in entry]
     if len(accuracy) > 1:

@@ -108,7 +108,10 @@ def make_trainer(model, tokenizer, prompts, make_config) -> Callable[..., DPPOTr
     def make(cls: type = DPPOTrainer, *, train_dataset: Any = None, reward: Any = reward_length, **changes: Any) -> Any:
         taken = {
             name: changes.pop(name)
-            for name in ("model", "eval_dataset", "peft_config", "rollout_func", "tools", "callbacks")
+            for name in (
+                *("model", "eval_dataset", "peft_config", "rollout_func", "tools", "callbacks", "environment_factory"),
+                "reward_processing_classes",
+            )
             if name in changes
         }
         config_class = changes.pop("config_class", DPPOConfig)

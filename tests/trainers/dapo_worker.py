@@ -55,6 +55,7 @@ def one_step(out: Path, rows: int, accumulation: int, filtered: bool) -> dict[st
         "steps_per_generation": accumulation,
         "filter_groups_enable": filtered,
         "filter_groups_metric": "reward" if filtered else None,
+        "entropy_coef": 0.05,
     }
     data = conftest.prompts.__wrapped__()
     trainer = build(out, by_length, data, settings, rollout_func=given_completions)
@@ -98,6 +99,30 @@ def sampling(out: Path) -> dict[str, Any]:
     }
 
 
+def one_rank_reports(out: Path) -> list[int]:
+    """Accuracy is reported on the first rank alone: what the other one generates is of no use."""
+
+    def answers(completions: list[str], log_extra: Any, **kwargs: Any) -> list[float]:
+        right = [float(i % 4 < 2) for i in range(len(completions))]
+        if torch.distributed.get_rank() == 0:
+            log_extra("acc", right)
+        return right
+
+    data = Dataset.from_dict({"prompt": [f"{i}=" for i in range(40)]})
+    settings = {
+        "filter_groups_enable": True,
+        "num_generations": 4,
+        "per_device_train_batch_size": 4,
+        "num_iterations": 1,
+        "max_steps": 1,
+        "filter_gen_batch_size": 2,
+        "shuffle_dataset": False,
+    }
+    trainer = build(out, answers, data, settings)
+    trainer.train()
+    return rows_of(trainer, trainer.batches[0])
+
+
 def main(out: Path) -> None:
     steps = {name: one_step(out, 4, 2, name == "filtered") for name in ("plain", "filtered")}
     # The whole command: one rank makes the offline model, both train it, and one writes.
@@ -106,6 +131,7 @@ def main(out: Path) -> None:
         ["--config", "cpu_quick_test", *TINY, *MIXED, "--per_device_eval_batch_size", "16", "--output_dir", str(out / "cli")],
     )
     result = {"world": torch.distributed.get_world_size(), "steps": steps, "sampling": sampling(out)}
+    result["one_rank_reports"] = one_rank_reports(out)
     torch.save(result, out / f"rank{torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()
 

@@ -77,6 +77,11 @@ def test_two_ranks_choose_the_same_groups(ranks) -> None:
     assert next(remaining, None) is None
 
 
+def test_accuracy_that_one_rank_alone_reports(ranks) -> None:
+    """Rounds are prompts 0 and 1, 2 and 3, ...: the first rank's are kept, and the second one trains two of them."""
+    assert [rank["one_rank_reports"] for rank in ranks] == [[0, 2], [4, 6]]
+
+
 def test_the_command_trains_on_two_ranks(out) -> None:
     assert (out / "printed").read_text().count("held-out answers that are right: ") == 1
     assert len(tags(out / "cli")["eval/answers/correct"]) == 2

@@ -143,8 +143,9 @@ def test_overlong_penalty_is_a_reward_of_its_own(make_trainer, make_config, mode
         return [float("1" in text) for text in completions]
 
     config = make_config(DAPOConfig, **SMALL, apply_overlong_penalty=True, overlong_penalty_factor=0.5, reward_weights=[2.0])
-    trainer = make_trainer(Recording, reward=right, config=config)
-    assert config.reward_weights == [2.0]  # the caller's config is not touched
+    given: list[Any] = [right]
+    trainer = make_trainer(Recording, reward=given, config=config, reward_processing_classes=[None])
+    assert (config.reward_weights, given) == ([2.0], [right])  # what the caller passed is not touched
     assert trainer.reward_weights.tolist() == [2.0, 1.0]
     trainer.train()
     # TRL's own function is the paper's formula; lengths are those of the token ids, the end included.
@@ -197,6 +198,18 @@ def test_prompts_that_are_too_long(make_trainer, prompts, tokenizer, overflow: s
         assert history(trainer, "prompts/truncated")[0] == 0
 
 
+def test_prompts_that_an_environment_adds_to_cannot_be_dropped(make_trainer, tool_chats) -> None:
+    class Environment:
+        def reset(self, **kwargs: Any) -> str:
+            return "more of the prompt"
+
+    chats, _ = tool_chats
+    with pytest.raises(ValueError, match="`prompt_overflow`='drop' cannot know the prompts that an `environment_factory`"):
+        make_trainer(
+            Recording, config_class=DAPOConfig, prompt_overflow="drop", train_dataset=chats, environment_factory=Environment
+        )
+
+
 def test_defaults_are_the_recipes(make_config) -> None:
     config = DAPOConfig(output_dir="unused", use_cpu=True, bf16=False)
     assert config.policy_loss_spec() == PRESETS["dapo"].replace(kl_ratio_weighted=True)
@@ -245,6 +258,7 @@ ROWS = "`per_device_train_batch_size` * `steps_per_generation` = 6 must be a mul
         ({**FILTER, "scale_rewards": "batch"}, "`scale_rewards`='batch' would take the deviation over groups"),
         ({**FILTER, "multi_objective_aggregation": "normalize_then_sum"}, "would normalise over groups"),
         ({**FILTER, "remove_unused_columns": True}, "drops the columns that answers are checked against"),
+        ({**FILTER, "filter_exhausted": "train", "loss_type": "bnpo"}, "cannot rescale `loss_type`='bnpo'"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be_honoured(make_config, settings: dict[str, Any], message: str) -> None:

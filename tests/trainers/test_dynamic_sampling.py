@@ -49,6 +49,7 @@ class Recording(DAPOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.batches: list[dict[str, Any]] = []
+        self.shown: list[dict[str, list[Any]]] = []  # completions table at every batch
         self.micro_batches: list[dict[str, Any]] = []
         super().__init__(*args, **kwargs)
 
@@ -56,6 +57,8 @@ class Recording(DAPOTrainer):
         batch = super()._generate_and_score_completions(inputs)
         if self.model.training:
             self.batches.append(batch)
+            cells = {**self._logs, **self._logs["rewards"], **self._logs["extra"]}
+            self.shown.append({name: list(x) for name, x in cells.items() if not isinstance(x, dict)})
         return batch
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -284,6 +287,10 @@ def test_surplus_is_carried_over_once_and_marked_stale(make_trainer, problems, d
         assert history(trainer, "dapo/surplus")[step] == len(good) - 4
         stale_seen += sum(stale)
         waiting = [row for row in good[4:] if row in fresh][:4]
+        shown = trainer.shown[step]
+        assert [int(prompt.removesuffix("=")) for prompt in shown["prompt"][::G]] == good[:4]
+        assert shown["acc"] == [1.0, 0.0] * 8
+        assert shown["answers"] == pytest.approx([1.0, -1.1, 0.8, -1.3] * 4)
     assert stale_seen > 2
     # A stale token's ratio is against the policy that wrote it, a fresh one's is 1.
     fresh_gap, stale_gap = [], []
@@ -333,6 +340,7 @@ def test_resume_is_exact(make_trainer, model, problems, tmp_path, save_at: int, 
         assert torch.equal(p, expected[name]), name
     for key in ("loss", "reward/mean", "dapo/frac_stale", "dapo/prompt_epochs", "num_tokens"):
         assert history(resumed, key) == history(whole, key), key
+    assert resumed.shown == whole.shown[-len(resumed.shown) :]
     assert history(whole, "dapo/prompt_epochs")[-1] > 0.5
 
 
@@ -361,6 +369,75 @@ def test_the_prompt_position_survives_other_settings(make_trainer, model, proble
     assert third.calls[0] == PromptStream(30, seed=3, shuffle=True).take(4)
 
 
+FOURTHS = {"per_device_train_batch_size": 4, "steps_per_generation": 4, "gradient_accumulation_steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        pytest.param({}, {"filter_surplus": "drop"}, id="carried groups are not wanted any more"),
+        pytest.param({"filter_surplus": "drop"}, {"filter_surplus": "carry"}, id="groups are carried from now on"),
+        pytest.param(FOURTHS, {"gradient_accumulation_steps": 4}, id="accumulation"),
+        pytest.param({}, {"use_vllm": True, "vllm_mode": "colocate"}, id="vLLM"),
+    ],
+)
+def test_resume_with_other_settings_starts_a_new_rollout(
+    make_trainer, model, problems, tmp_path, monkeypatch, caplog, before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    settings = {**CARRY, "save_strategy": "steps", "save_steps": 1, "max_steps": 1, "output_dir": str(tmp_path)}
+    trainer = make_trainer(Recording, reward=Answers(), train_dataset=problems, **{**settings, **before})
+    trainer.train()
+    assert bool(trainer._carried) == ("filter_surplus" not in before)
+    if "use_vllm" in after:
+        install(monkeypatch, FakeEngine(model))
+    trainer = make_trainer(
+        Recording, reward=Answers(), train_dataset=problems, **{**settings, **before, "max_steps": 3, **after}
+    )
+    with caplog.at_level("WARNING", logger="dppo_kernels.trainers.resume"):
+        trainer.train(resume_from_checkpoint=True)
+    assert "was saved with other settings" in caplog.text
+    assert len(trainer.batches) == 2
+    assert history(trainer, "dapo/frac_stale")[1] == 0
+    if "use_vllm" in after:
+        assert all("importance_sampling_ratio" in batch for batch in trainer.batches)
+    for inputs in trainer.micro_batches:  # of the same optimiser step
+        assert inputs["num_items_in_step"] == inputs["num_items_in_batch"]
+
+
+def test_a_batch_of_carried_groups_alone(make_trainer, problems) -> None:
+    mixed = problems.map(lambda row: {"kind": "mixed"})
+    answers = Answers()
+    trainer = make_trainer(Recording, reward=answers, train_dataset=mixed, **CARRY)
+    trainer.train()
+    assert len(answers.calls) == 2
+    assert history(trainer, "dapo/num_gen_batches") == [1, 0, 1, 0]
+    tokens = history(trainer, "num_tokens")
+    assert tokens[0] == tokens[1] < tokens[2] == tokens[3]
+
+
+def test_columns_of_the_table_that_some_rounds_report(make_trainer, problems) -> None:
+    class Noting(Answers):
+        def __call__(self, completions: list[str], *args: Any, log_extra: Any = None, **kwargs: Any) -> list[float]:
+            rewards = super().__call__(completions, *args, log_extra=log_extra, **kwargs)
+            if len(self.calls) % 2:
+                log_extra("note", [len(self.calls)] * len(completions))
+            return rewards
+
+    trainer = make_trainer(Recording, reward=Noting(), train_dataset=problems, log_completions=True, **SETTINGS)
+    trainer.train()
+    notes = [shown["note"] for shown in trainer.shown if "note" in shown]
+    assert any(None in column and any(column) for column in notes)
+    assert {len(column) for column in notes} == {16}
+
+
+def test_too_few_prompts_for_a_batch(make_trainer, problems) -> None:
+    answers = Answers()
+    trainer = make_trainer(Recording, reward=answers, train_dataset=problems.select(range(3)), **SETTINGS)
+    with pytest.raises(ValueError, match="`train_dataset` has 3 prompts, fewer than the 4 of one rollout"):
+        trainer.train()
+    assert answers.calls == []
+
+
 def test_a_second_run_starts_over(make_trainer, problems) -> None:
     answers = Answers()
     trainer = make_trainer(Recording, reward=answers, train_dataset=problems, **CARRY)
@@ -381,6 +458,14 @@ def test_training_ends_with_the_prompts_of_its_epochs(make_trainer, problems) ->
     assert epochs[-2] < 2 <= epochs[-1]
     checkpoints = list(Path(trainer.args.output_dir).glob("checkpoint-*"))
     assert [path.name for path in checkpoints] == [f"checkpoint-{trainer.state.global_step}"]
+    # It is finished: an automatic restart trains no further, unless there is more to do.
+    more = Answers()
+    again = make_trainer(Recording, reward=more, train_dataset=problems, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert (again.state.global_step, more.calls) == (trainer.state.global_step, [])
+    again = make_trainer(Recording, reward=more, train_dataset=problems, **{**settings, "num_train_epochs": 3})
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step > trainer.state.global_step
 
 
 def test_evaluation_is_not_filtered(make_trainer, problems) -> None:

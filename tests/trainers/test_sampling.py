@@ -40,15 +40,19 @@ class Oracle:
         """(draws to train on, draws carried over, rounds), or None where the rule gives up."""
         fresh_from = len(self.drawn)
         good, bad, rounds = list(self.waiting), [], 0
+        found_at = fresh_from  # draws made when the last good group was found, to the end of its round
         while len(good) < self.rule.need:
             if self.rule.max_rounds > 0 and rounds == self.rule.max_rounds:
                 break
+            round_from = len(self.drawn)
             for _ in range(self.next_round(len(good), fresh_from, rounds)):
                 draw = len(self.drawn)
                 self.drawn.append(next(self.rows))
                 (good if self.verdicts[draw] == "mixed" else bad).append(draw)
             rounds += 1
-            if self.rule.max_rounds == 0 and not good and len(self.drawn) - fresh_from >= self.size:
+            if good and good[-1] >= round_from:
+                found_at = len(self.drawn)
+            if self.rule.max_rounds == 0 and len(good) < self.rule.need and len(self.drawn) - found_at >= self.size:
                 return None
         while len(good) < self.rule.need:
             if self.rule.exhausted == "error":
@@ -153,6 +157,14 @@ def test_an_endless_search_is_an_error() -> None:
     stream = PromptStream(10, seed=0, shuffle=True)
     with pytest.raises(RuntimeError, match=r"a whole pass over 10 prompts gave no group .*12 all wrong"):
         collect(stream, RefillRule(need=2, per_round=4), lambda rows: ["all_wrong"] * len(rows))
+    # Groups found before do not make it endless; the pass is counted from the last of them.
+    rounds = itertools.count()
+
+    def once(rows: list[int]) -> list[Any]:
+        return ["mixed" if next(rounds) == 1 else "all_wrong", *["all_wrong"] * (len(rows) - 1)]
+
+    with pytest.raises(RuntimeError, match=r"a whole pass over 10 prompts gave no group .*19 all wrong, 1 mixed"):
+        collect(stream, RefillRule(need=3, per_round=4), once, carried=1)
 
 
 def test_errors_say_what_was_found_and_what_to_do() -> None:

@@ -87,6 +87,10 @@ def test_flags_win_over_the_file_and_both_know_the_alias(tmp_path) -> None:
         (["train", "dapo", *CPU], "--model_name_or_path is needed"),
         (["train", "dapo", "--config", "nothing"], "shipped ones: cpu_quick_test, paper, qwen2.5_0.5b_quick_test"),
         (["train", "dapo", "--config", "cpu_quick_test", "--eval_size", "0"], "--eval_strategy steps needs --eval_size"),
+        (
+            ["train", "dapo", "--config=cpu_quick_test", "--eval_strategy", "no"],
+            "--eval_size 128 takes prompts out of training",
+        ),
         (["train", "dapo", "--config", "cpu_quick_test", "--overlong_buffer_len", "13"], "`buffer_len` must be in"),
         (["train", "dapo", "--config", "cpu_quick_test", "--eval_size", "-1"], "`eval_size` must not be negative"),
         (["train", "dppo", "--config", "cpu_quick_test", "--loss_type", "grpo"], "would be ignored by DPPO"),
@@ -178,11 +182,12 @@ def test_dppo_with_an_own_reward_file_and_chats(tmp_path, monkeypatch, capsys) -
     arguments = [*("--config", "cpu_quick_test"), *TINY, *options, "--reward_funcs", "my_rewards.short", "--output_dir", "out"]
     trainer = train("dppo", arguments)
     assert trainer.train_dataset[0]["prompt"] == [{"role": "user", "content": trainer.train_dataset[0]["prompt"][0]["content"]}]
+    assert trainer.state.global_step > 0
     assert any("divergence/mean" in entry for entry in trainer.state.log_history)
     assert any("rewards/short/mean" in entry for entry in trainer.state.log_history)
     with pytest.raises(ValueError, match="`reward_funcs` holds 'exact': expected 'math_answer' or an import path"):
         train("dppo", [*arguments, "--reward_funcs", "exact"])
-    with pytest.raises(ValueError, match="gives 12 prompts to train on, fewer than the 16 of one rollout"):
+    with pytest.raises(ValueError, match="`train_dataset` has 12 prompts, fewer than the 16 of one rollout"):
         train("dppo", [*arguments, "--dataset_limit", "20"])
     monkeypatch.delitem(sys.modules, "my_rewards")
 

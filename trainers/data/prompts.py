@@ -21,6 +21,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from dppo_kernels._checks import check_choice
 from dppo_kernels.trainers.data.generated import generate_problems
+from dppo_kernels.trainers.rewards.answers import gold_answer
 
 PROMPT_COLUMNS = ("prompt", "problem", "question")
 ANSWER_COLUMNS = ("reward_model", "answer", "solution")
@@ -77,8 +78,9 @@ def load_prompts(
         limit: at most so many prompts, the first ones.
 
     Returns:
-        Columns `prompt` (strings or chats) and `answer`: strings without white space around them. Numbers are written in full
-        and without trailing zeros: 34.0 as 34, 0.5 as 0.5.
+        Columns `prompt` (strings or chats) and `answer`: strings without white space around them. Of a worked solution, only
+        its result: what follows the last `####`, or the last `\\boxed{}`. Numbers are written in full and without trailing
+        zeros: 34.0 as 34, 0.5 as 0.5.
 
     Raises:
         ValueError: for a source that is none of these or cannot be read, missing columns, empty prompts, empty or null golds
@@ -266,7 +268,7 @@ def _as_key(prompt: Any) -> _Prompt:
 
 def _as_answer(gold: Any, float_type: type[np.floating]) -> str:
     if isinstance(gold, str):
-        if answer := gold.strip():
+        if answer := gold_answer(gold):
             return answer
         raise ValueError("the answer is empty")
     if gold is None:

@@ -13,6 +13,7 @@ BOXED = ("never", "fallback", "only")
 STRICT_TAIL = 100  # characters that `boxed="only"` looks at
 
 _ANSWER = re.compile(r"answer[*_` \t]*[:：]", re.IGNORECASE)
+_GSM8K = re.compile(r"^[ \t]*####", re.MULTILINE)
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _BARE = re.compile(r"[^\s$]+")
@@ -49,6 +50,18 @@ def final_answer(text: str, *, boxed: str = "fallback", tail: int = 300) -> str 
         if answer:
             return answer
     return (_last_boxes(text, 0, len(text)) or None) if boxed == "fallback" else None
+
+
+def gold_answer(text: str) -> str:
+    r"""The answer of a worked solution: what follows the last `####`, as in GSM8K, or its last `\boxed{}`, as in MATH.
+
+    A text with neither is the answer.
+    """
+    last = None
+    for match in _GSM8K.finditer(text):
+        last = match.end()
+    marked = text[last:].strip() if last is not None else ""
+    return marked or _last_boxes(text, 0, len(text)) or text.strip()
 
 
 class _Box(NamedTuple):

@@ -4,7 +4,17 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dppo_kernels.trainers.rewards.answers import BOXED, Reading, differ, final_answer, has_words, is_formula, read, same
+from dppo_kernels.trainers.rewards.answers import (
+    BOXED,
+    Reading,
+    differ,
+    final_answer,
+    gold_answer,
+    has_words,
+    is_formula,
+    read,
+    same,
+)
 from dppo_kernels.trainers.rewards.verifier import Verdict, Verifier, require_math_verify
 
 # What TRL passes to reward functions beside the columns of the dataset.
@@ -14,9 +24,10 @@ _NO_COLUMNS = ("prompts", "completion_ids", "trainer_state", "environments")
 class MathAnswerReward:
     r"""Reward function for TRL: `correct` where the final answer equals the gold answer, else `wrong`.
 
-    Equal strings, after normalisation, are equal; other answers are compared by math-verify in separate processes. A row whose
-    gold answer cannot be read has no reward (None), which TRL skips. Everything else that is not shown to be equal is wrong:
-    no answer, one too long, one that cannot be read or whose comparison takes too long.
+    Equal strings, after normalisation, are equal; other answers are compared by math-verify in separate processes. Of a gold
+    that is a worked solution, its last `####` line or `\boxed{}` counts. A row whose gold answer cannot be read has no reward
+    (None), which TRL skips. Everything else that is not shown to be equal is wrong: no answer, one too long, one that cannot
+    be read or whose comparison takes too long.
 
     `log_extra` gets the columns "acc" (1.0, 0.0 or None) and "extracted_answer", `log_metric` the shares "answers/correct",
     "answers/missing", "answers/too_long", "answers/unparseable", "answers/timeout" and "answers/gold_unparseable" of the
@@ -117,13 +128,20 @@ class MathAnswerReward:
             if gold is None:
                 settled = Verdict.GOLD_UNPARSEABLE
             elif answer is not None:
-                settled = _exact(gold, answer) if self.boxed == "only" else settle(read(gold), read(answer))
+                settled = _exact(gold, answer) if self.boxed == "only" else self._settle(gold_answer(gold), answer)
             if isinstance(settled, tuple):
                 pairs[i], settled = settled, None
             verdicts.append(settled)
         for i, verdict in zip(pairs, self._verifier.verify(list(pairs.values())), strict=True):
             verdicts[i] = verdict
         return verdicts
+
+    def _settle(self, gold: str, answer: str) -> Verdict | tuple[str, str]:
+        reading = read(gold)
+        # A text of several lines, or of more characters than an answer may have, would make every answer wrong.
+        if len(gold) > self.max_answer_chars or ("\n" in gold and has_words(reading.value)):
+            return Verdict.GOLD_UNPARSEABLE
+        return settle(reading, read(answer))
 
 
 def settle(gold: Reading, answer: Reading) -> Verdict | tuple[str, str]:

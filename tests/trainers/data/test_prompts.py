@@ -225,6 +225,15 @@ def test_flat_columns(column: str, gold: str) -> None:
     assert pairs(load_prompts(write("a.jsonl", [{"id": 1, column: " 1+1? ", gold: " 2\n"}]))) == [(" 1+1? ", "2")]
 
 
+def test_worked_solutions_give_their_results() -> None:
+    rows = [
+        {"question": "1?", "answer": "2+2 = <<2+2=4>>4\n#### 4"},
+        {"question": "1?", "answer": "1+3 = <<1+3=4>>4\n#### 4"},
+        {"question": "2?", "answer": r"Therefore $\boxed{\frac12}$."},
+    ]
+    assert pairs(load_prompts(write("a.jsonl", rows))) == [("1?", "4"), ("2?", r"\frac12")]
+
+
 def test_the_order_of_columns() -> None:
     row = {"solution": "s", "answer": "a", "gold": "g", "question": "q", "problem": "p", "reward_model": {"ground_truth": "r"}}
     write("a.parquet", [row])

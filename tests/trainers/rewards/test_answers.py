@@ -5,7 +5,17 @@ import time
 
 import pytest
 
-from dppo_kernels.trainers.rewards.answers import BOXED, differ, final_answer, has_words, is_formula, normalise, read, same
+from dppo_kernels.trainers.rewards.answers import (
+    BOXED,
+    differ,
+    final_answer,
+    gold_answer,
+    has_words,
+    is_formula,
+    normalise,
+    read,
+    same,
+)
 
 LINES = [
     ("Answer: 34", "34"),
@@ -93,6 +103,29 @@ def test_only_the_tail_is_looked_at() -> None:
     assert final_answer("Answer: 34\n" + "." * 289) == "34"
     assert final_answer("Answer: 34\n" + "." * 290) is None
     assert final_answer("Answer: 34\n" + "." * 290, tail=301) == "34"
+
+
+GSM8K = "Half of 48 is 48/2 = <<48/2=24>>24 clips.\nTogether 48+24 = <<48+24=72>>72 clips.\n#### 72"
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        (GSM8K, "72"),
+        ("We add.\n  ####  1,234 \n", "1,234"),
+        ("#### 1\n#### 2", "2"),
+        (r"Thus $x = \boxed{\frac{1}{2}}$, which \emph{was} asked.", r"\frac{1}{2}"),
+        (r"\boxed{3} is wrong, so it is \boxed{4}.", "4"),
+        (r"\boxed{34}", "34"),
+        (" 34 ", "34"),
+        ("x #### y", "x #### y"),  # not at the start of a line
+        ("34\n####", "34\n####"),
+        (r"\boxed{}", r"\boxed{}"),
+    ],
+)
+def test_golds_that_are_worked_solutions(gold: str, answer: str) -> None:
+    assert gold_answer(gold) == answer
+    assert gold_answer(answer) == answer
 
 
 def test_bad_arguments() -> None:
@@ -295,6 +328,8 @@ PIECES = [
         "😀",
         "\ud800",
         "\n",
+        "\n####",
+        "\n \t",
     ),
 ]
 
@@ -306,6 +341,7 @@ def hostile(piece: str, length: int) -> str:
 def take(text: str) -> None:
     for boxed in BOXED:
         final_answer(text, boxed=boxed, tail=len(text))
+    gold_answer(text)
     reading = read(text)
     is_formula(reading.value)
     same(reading, reading)

@@ -248,6 +248,19 @@ def test_strict_mode_compares_exact_strings(monkeypatch: pytest.MonkeyPatch) -> 
     assert reward(completions, answer=["34"] * 5) == [1.0, -1.0, -1.0, -1.0, -1.0]
 
 
+def test_golds_that_are_worked_solutions() -> None:
+    golds = [
+        "48/2 = 24.\n48 + 24 = 72.\n#### 72",
+        r"It follows that $x = \boxed{72}$.",
+        "Add them.\nThere are 72 clips.",
+        "7" * 1001,
+    ]
+    metrics: dict[str, float] = {}
+    reward = MathAnswerReward()
+    assert reward(["Answer: 72"] * 4, answer=golds, log_metric=metrics.__setitem__) == [1.0, 1.0, None, None]
+    assert metrics["answers/gold_unparseable"] == 0.5
+
+
 def test_chats_and_reports() -> None:
     extra: dict[str, list] = {}
     metrics: dict[str, float] = {}
