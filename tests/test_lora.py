@@ -32,7 +32,7 @@ COLD = ScoringCase(
     ignored="none", bias=False, softcap=None, logit_scale=1.0, seed=512,
 )  # fmt: skip
 
-# The same of torch in tiles.
+# Torch's backward projects the rows again whose logits it did not keep: in the tiles of the forward, or it rounds otherwise.
 STEEP = replace(COLD, vocab=100, n_gather=0, ignored="some", seed=5)
 
 
@@ -88,9 +88,9 @@ def hold_to_the_sum(case: ScoringCase, rank: int, backend: str, **options) -> No
     largest = 4 * max(case.largest_logit(), 1.0) * case.hidden_size**0.5
     for name, value in values.items():
         assert_as_exact_as_torch(name, value, in_torch[name], exact[name], largest=largest)
-    if backend != "reference":
-        # The backward projects again, in another order: where p is 1, p - 1 is the rounding of a logit, and reaches a gradient
-        # times the other factor over the temperature. The reference keeps its logits, and has an exact 0 there.
+    if backend == "triton":
+        # Its backward projects again, in another order: where p is 1, p - 1 is the rounding of a logit, and reaches a gradient
+        # times the other factor over the temperature. Torch keeps its logits, and has an exact 0 there.
         temperature = case.row_temperature()
         coldest = min(temperature.tolist(), default=1.0) if isinstance(temperature, torch.Tensor) else temperature
         largest *= max(1.0, *(x.abs().max().item() for x in case.hidden_and_head()[:2] if x.numel())) / coldest

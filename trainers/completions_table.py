@@ -1,5 +1,6 @@
 """TRL's table of completions, filled with groups that were generated in several rounds, or for an earlier batch."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,16 @@ def cut_rows(table: Mapping[str, Any], first: int, count: int) -> TableRows:
         return cells[first : first + count]
 
     return cut(dict(table))
+
+
+def dump_rows(rows: TableRows) -> str:
+    """As JSON, which a checkpoint can hold whatever reward functions report: numbers stay numbers, other objects are texts."""
+    return json.dumps(rows, default=lambda cell: cell.tolist() if hasattr(cell, "tolist") else str(cell))
+
+
+def load_rows(dumped: str) -> TableRows:
+    rows: TableRows = json.loads(dumped)
+    return rows
 
 
 def fill_table(table: Mapping[str, Any], groups: Sequence[TableRows]) -> None:

@@ -1,6 +1,5 @@
 """DAPO's dynamic sampling on GRPOTrainer: rounds of new prompts until a training batch of groups with mixed answers is full."""
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
-from dppo_kernels.trainers.completions_table import TableRows, cut_rows, fill_table
+from dppo_kernels.trainers.completions_table import TableRows, cut_rows, dump_rows, fill_table, load_rows
 from dppo_kernels.trainers.normaliser import active_tokens
 from dppo_kernels.trainers.rollout_groups import Rows, blank_rows, concatenate, hand_over, take_rows
 from dppo_kernels.trainers.sampling import Collected, Group, PromptStream, RefillRule, Verdict, collect, judge, share_out
@@ -55,7 +54,7 @@ class Carried(NamedTuple):
 
     owner: int  # process that holds its rows
     rewards: list[float]
-    table: str  # its rows of the completions table as JSON, which a checkpoint can hold whatever reward functions report
+    table: str  # its rows of the completions table, see `dump_rows`
 
 
 class DynamicSamplingMixin(Host):
@@ -261,7 +260,7 @@ class DynamicSamplingMixin(Host):
             Carried(
                 self._owner(group, rounds),
                 self._rewards(group, rounds),
-                json.dumps(self._table_rows(group, rounds), default=str),
+                dump_rows(self._table_rows(group, rounds)),
             )
             for group in collected.carried
         ]
@@ -287,8 +286,7 @@ class DynamicSamplingMixin(Host):
 
     def _table_rows(self, group: Group, rounds: Sequence[Round]) -> TableRows:
         if group.round < 0:
-            rows: TableRows = json.loads(self._carried[group.place].table)
-            return rows
+            return load_rows(self._carried[group.place].table)
         return cut_rows(rounds[group.round].logs, group.place * self.num_generations, self.num_generations)
 
     def resume_signature(self) -> dict[str, float | str]:

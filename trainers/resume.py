@@ -71,6 +71,7 @@ class ExactResumeMixin(Host):
             "num_generations": self.num_generations,
             "temperature": self.temperature,
             "scores_reference": int(self.beta != 0),
+            "use_vllm": int(self.use_vllm),
             "importance_sampling": self.args.vllm_importance_sampling_mode if corrects else "none",
             "tools": int(bool(self.tools)),
         }

@@ -36,17 +36,27 @@ def linear_logprobs_fwd(
     tile = pick_linear_tile(rows.shape[0], *projection.weight.shape)
     buffer = active.hidden.new_empty(tile.rows * tile.cols, dtype=active.dtype)
     kept = active.hidden.new_empty((keep_rows, vocab), dtype=active.dtype)
+    n_kept = min(keep_rows, rows.shape[0])
     for cols in chunks(vocab, tile.cols) if rows.shape[0] else ():
         w = active.weight_columns(cols)
-        for part in chunks(rows.shape[0], tile.rows):
+        for part in _row_parts(n_kept, rows.shape[0], tile.rows):
             h = active.hidden_rows(part)
             z, _ = active.logits(h, w, part, cols, matrix(buffer, h.shape[0], w.shape[0]))
-            room = kept[part, cols]
-            room.copy_(z[: room.shape[0]])
+            if part.stop <= n_kept:
+                kept[part, cols] = z
             stats.update(part, cols.start, z)
     finished = stats.finish()
     out = {name: value.new_zeros(n, *value.shape[1:]).index_copy_(0, rows, value) for name, value in finished.items()}
     return {**out, "kept": kept} if keep_rows else out
+
+
+def _row_parts(kept: int, rows: int, size: int) -> list[slice]:
+    """Slices of at most `size` rows, none of which holds both rows whose logits are kept and others.
+
+    Forward and backward take the same: a GEMM of other rows rounds otherwise, and where p is 1 the difference of two logits
+    that should be equal is all that p - 1 is.
+    """
+    return chunks(kept, size) + [slice(kept + part.start, kept + part.stop) for part in chunks(rows - kept, size)]
 
 
 def linear_logprobs_bwd(
@@ -89,7 +99,7 @@ def linear_logprobs_bwd(
     if kept is not None:  # rows are in ascending order both here and in the forward: those whose logits were kept come first
         place = (counted.cumsum(0) - 1)[rows]
         n_kept = int((place < kept.shape[0]).sum())
-    parts = chunks(n_kept, tile.rows) + [slice(n_kept + x.start, n_kept + x.stop) for x in chunks(n_rows - n_kept, tile.rows)]
+    parts = _row_parts(n_kept, n_rows, tile.rows)
     for cols in chunks(vocab, tile.cols) if n_rows else ():
         w = active.weight_columns(cols)
         dw = torch.zeros_like(w) if dweight is not None else None

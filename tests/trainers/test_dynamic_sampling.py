@@ -4,6 +4,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
@@ -39,6 +40,7 @@ class Answers:
         accuracy = [float(k == "easy" or (k == "mixed" and i % G in (0, 2))) for i, k in enumerate(kind)]
         if self.reports:
             log_extra("acc", accuracy)
+            log_extra("weight", [np.float32(a) for a in accuracy])  # as reward models give them
             # The shaped reward varies in every group, which is why it is not what groups are filtered by.
             return [2 * a - 1 - 0.1 * (i % G) for i, a in enumerate(accuracy)]
         return [2 * a - 1 for a in accuracy]
@@ -289,7 +291,7 @@ def test_surplus_is_carried_over_once_and_marked_stale(make_trainer, problems, d
         waiting = [row for row in good[4:] if row in fresh][:4]
         shown = trainer.shown[step]
         assert [int(prompt.removesuffix("=")) for prompt in shown["prompt"][::G]] == good[:4]
-        assert shown["acc"] == [1.0, 0.0] * 8
+        assert shown["acc"] == shown["weight"] == [1.0, 0.0] * 8
         assert shown["answers"] == pytest.approx([1.0, -1.1, 0.8, -1.3] * 4)
     assert stale_seen > 2
     # A stale token's ratio is against the policy that wrote it, a fresh one's is 1.

@@ -123,6 +123,7 @@ def test_the_quick_test_trains_evaluates_logs_and_saves(tmp_path, capsys) -> Non
     """The shipped config of the CPU, smaller; saved half-way, and resumed from there with the same end."""
     out = tmp_path / "out"
     saving = ["--save_strategy", "steps", "--save_steps", "2"]
+    saving += ["--resume_from_checkpoint", "false"]
     assert cli.main(["train", "dapo", "--config", "cpu_quick_test", *TINY, *MIXED, "--output_dir", str(out), *saving]) == 0
     printed = capsys.readouterr().out
     assert "held-out answers that are right: " in printed
