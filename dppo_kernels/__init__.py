@@ -11,11 +11,15 @@ from dppo_kernels.advantages import group_advantages
 from dppo_kernels.aggregate import REDUCTIONS, aggregate
 from dppo_kernels.divergence import DIVERGENCES, divergence, trust_region_mask
 from dppo_kernels.estimators import kl_estimate, log_ratio
+from dppo_kernels.gae import Gae, gae
 from dppo_kernels.linear_logprobs import LinearLogprobs, explain_linear_logprobs, linear_logprobs
 from dppo_kernels.linear_policy_loss import PolicyAux, explain_linear_policy_loss, linear_policy_loss
+from dppo_kernels.moments import Moments, masked_moments, whiten
 from dppo_kernels.policy import Stat, policy_loss
 from dppo_kernels.policy_spec import PRESETS, PolicyLossSpec
+from dppo_kernels.returns import explained_variance, length_adaptive_lambda, token_rewards
 from dppo_kernels.token_logprobs import TokenLogprobs, TopKLogprobs, token_logprobs, topk_logprobs
+from dppo_kernels.value_loss import value_loss
 
 __version__ = "0.1.0"
 
@@ -23,8 +27,10 @@ __all__ = [
     "DIVERGENCES",
     "PRESETS",
     "REDUCTIONS",
+    "Gae",
     "LinearLogprobs",
     "LoraWeight",
+    "Moments",
     "PolicyAux",
     "PolicyLossSpec",
     "Stat",
@@ -35,15 +41,22 @@ __all__ = [
     "divergence",
     "explain_linear_logprobs",
     "explain_linear_policy_loss",
+    "explained_variance",
+    "gae",
     "group_advantages",
     "kl_estimate",
+    "length_adaptive_lambda",
     "linear_logprobs",
     "linear_policy_loss",
     "log_ratio",
+    "masked_moments",
     "policy_loss",
     "token_logprobs",
+    "token_rewards",
     "topk_logprobs",
     "trust_region_mask",
+    "value_loss",
+    "whiten",
 ]
 
 # `trainers/` is a top-level folder of the repository but the package `dppo_kernels.trainers`: an install maps it with

@@ -20,6 +20,8 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "token_logprobs": ("triton", "torch", "reference"),
     "topk_logprobs": ("cuda", "cpp", "torch", "reference"),
     "linear_policy_loss": ("triton", "torch", "reference"),
+    "gae": ("torch", "reference"),
+    "value_loss": ("torch", "reference"),
 }
 
 ENVIRONMENT_VARIABLE = "DPPO_KERNELS_BACKEND"

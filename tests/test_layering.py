@@ -9,15 +9,16 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # Lower numbers know nothing of higher ones. Modules of one number may share: both references are one formula.
-FAMILIES = ("linear_logprobs", "token_logprobs")
+FAMILIES = ("gae", "linear_logprobs", "token_logprobs")
 COMPILED = (".cpp", ".cu", ".cuh", ".h", ".inc")
-ABOVE_POLICY = ("linear_policy_loss",)  # a family made of the others: its parts share one rank
+ABOVE_POLICY = ("linear_policy_loss", "value_loss")  # families made of the others: their parts share one rank
 RANKS = {
     "_": 0,
     "reference": 1,
     "estimators": 1,
     "aggregate": 1,
     "advantages": 1,
+    "moments": 1,
     "projection": 1,
     "design": 2,
     "exponentials": 2,
@@ -35,6 +36,8 @@ RANKS = {
     "surrogates": 5,
     "policy": 6,
     "linear_policy_loss": 7,
+    "returns": 7,
+    "value_loss": 7,
     "__init__": 9,
     "trainers": 10,
     "trainers.cli": 11,

@@ -1,0 +1,5 @@
+"""Rewards and values -> advantages and returns (generalised advantage estimation)."""
+
+from dppo_kernels.gae.op import Gae, gae
+
+__all__ = ["Gae", "gae"]
