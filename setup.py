@@ -21,7 +21,7 @@ from setuptools.command.build_py import build_py
 
 # What the sources use of torch's stable ABI: one build serves this version and later ones.
 STABLE_ABI = ("TORCH_TARGET_VERSION", "0x020b000000000000")
-CPU_FLAGS = ["-std=c++20", "-O3", "-g0", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
+CPU_FLAGS = ["-std=c++20", "-O3", "-g0", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 ARCHITECTURES = (80, 90, 100)
 NO_TORCH = (
     "torch was not found when this was installed: install torch, then this with "

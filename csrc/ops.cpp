@@ -8,6 +8,7 @@
 #include <initializer_list>
 #include <optional>
 
+#include "cpu/gae.h"
 #include "cpu/topk_logprobs.h"
 
 using torch::headeronly::ScalarType;
@@ -69,14 +70,92 @@ void topk_logprobs(
   });
 }
 
+// A contiguous CPU tensor of this type and number of elements.
+template <class T>
+T* elements(const Tensor& x, int64_t count) {
+  STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.numel() == count, "expected a contiguous CPU tensor of ", count);
+  return x.mutable_data_ptr<T>();
+}
+
+const uint8_t* mask_bytes(const Tensor& mask, int64_t count) {
+  return reinterpret_cast<const uint8_t*>(elements<bool>(mask, count));
+}
+
+template <class T>
+void gae_of(
+    const Tensor& rewards,
+    const Tensor& values,
+    const Tensor& mask,
+    const std::optional<Tensor>& bootstrap,
+    double gamma,
+    const Tensor& lam,
+    const std::optional<Tensor>& lam_value,
+    const Tensor& advantages,
+    const Tensor& returns,
+    const std::optional<Tensor>& moments) {
+  const int64_t rows = mask.size(0), steps = mask.size(1), count = rows * steps;
+  const auto stride = [rows](const Tensor& x) { return int64_t(x.numel() == rows); };
+  dppo::GaeRows<T> x = {steps, gamma, elements<T>(rewards, count), elements<T>(values, count), mask_bytes(mask, count)};
+  x.bootstrap = bootstrap ? elements<double>(*bootstrap, rows) : nullptr;
+  x.lam_stride = stride(lam);
+  x.lam = elements<double>(lam, x.lam_stride ? rows : 1);
+  if (lam_value) {
+    x.lam_value_stride = stride(*lam_value);
+    x.lam_value = elements<double>(*lam_value, x.lam_value_stride ? rows : 1);
+  }
+  x.advantages = elements<T>(advantages, count);
+  x.returns = elements<T>(returns, count);
+  x.moments = moments ? elements<double>(*moments, 3 * rows) : nullptr;
+  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(steps, 1));  // rows worth starting a thread for
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { dppo::gae_rows(x, begin, end); });
+}
+
+void gae(
+    const Tensor& rewards,                   // [B, T] float32 or float64, as values and the results
+    const Tensor& values,                    // [B, T]
+    const Tensor& mask,                      // [B, T] bool
+    const std::optional<Tensor>& bootstrap,  // [B] float64
+    double gamma,
+    const Tensor& lam,                       // [B] or [1] float64
+    const std::optional<Tensor>& lam_value,  // the same
+    Tensor advantages,                       // out [B, T]
+    Tensor returns,                          // out [B, T]
+    std::optional<Tensor> moments) {         // out [B, 3] float64
+  STD_TORCH_CHECK(mask.dim() == 2, "mask must be [B, T]");
+  const auto run = advantages.scalar_type() == ScalarType::Double ? gae_of<double> : gae_of<float>;
+  run(rewards, values, mask, bootstrap, gamma, lam, lam_value, advantages, returns, moments);
+}
+
+template <class T>
+void whiten_of(const Tensor& x, const Tensor& mask, double mean, double scale) {
+  const int64_t rows = mask.size(0), steps = mask.size(1);
+  T* elements_of_x = elements<T>(x, rows * steps);
+  const uint8_t* mask_of_x = mask_bytes(mask, rows * steps);
+  const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(steps, 1));
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    dppo::whiten_row(elements_of_x + begin * steps, mask_of_x + begin * steps, (end - begin) * steps, mean, scale);
+  });
+}
+
+void whiten(Tensor x, const Tensor& mask, double mean, double scale) {  // x [B, T] float32 or float64, in place
+  STD_TORCH_CHECK(mask.dim() == 2, "mask must be [B, T]");
+  (x.scalar_type() == ScalarType::Double ? whiten_of<double> : whiten_of<float>)(x, mask, mean, scale);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dppo_kernels_C, m) {
   m.def(
       "topk_logprobs(Tensor logits, Tensor sampled_ids, Tensor? row_temperature, float temperature, "
       "Tensor(a!) ids, Tensor(b!) logprobs, Tensor(c!) sampled_logprobs, Tensor(d!) lse) -> ()");
+  m.def(
+      "gae(Tensor rewards, Tensor values, Tensor mask, Tensor? bootstrap, float gamma, Tensor lam, Tensor? lam_value, "
+      "Tensor(a!) advantages, Tensor(b!) returns, Tensor(c!)? moments) -> ()");
+  m.def("whiten(Tensor(a!) x, Tensor mask, float mean, float scale) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dppo_kernels_C, CPU, m) {
   m.impl("topk_logprobs", TORCH_BOX(&topk_logprobs));
+  m.impl("gae", TORCH_BOX(&gae));
+  m.impl("whiten", TORCH_BOX(&whiten));
 }

@@ -20,9 +20,12 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "token_logprobs": ("triton", "torch", "reference"),
     "topk_logprobs": ("cuda", "cpp", "torch", "reference"),
     "linear_policy_loss": ("triton", "torch", "reference"),
-    "gae": ("torch", "reference"),
+    "gae": ("cpp", "torch", "reference"),
     "value_loss": ("torch", "reference"),
 }
+
+_REDUCED = (torch.float32, torch.bfloat16, torch.float16)
+EXTENSION_DTYPES = {"topk_logprobs": _REDUCED, "gae": (*_REDUCED, torch.float64)}
 
 ENVIRONMENT_VARIABLE = "DPPO_KERNELS_BACKEND"
 
@@ -40,9 +43,16 @@ def status() -> dict[str, tuple[bool, str]]:
         "reference": (True, "definition in plain torch, autograd through row chunks"),
         "torch": (True, f"tiled torch {torch.__version__}, {torch.get_num_threads()} CPU threads"),
         "triton": (obstacle is None, how if obstacle is None else obstacle),
-        "cpp": (_ext.CPU.loaded, f"C++ on CPU tensors ({_ext.CPU.reason})" if _ext.CPU.loaded else _ext.CPU.reason),
+        "cpp": _cpp_status(),
         "cuda": _cuda_status(),
     }
+
+
+def _cpp_status() -> tuple[bool, str]:
+    if not _ext.CPU.loaded:
+        return False, _ext.CPU.reason
+    stale = f", an older build without {', '.join(_ext.CPU.lacks)}" if _ext.CPU.lacks else ""
+    return True, f"C++ on CPU tensors ({_ext.CPU.reason}{stale})"
 
 
 def _cuda_status() -> tuple[bool, str]:
@@ -87,20 +97,23 @@ def _obstacle(op: str, name: str, device: torch.device, dtype: torch.dtype, *, n
             return "the interpreter is for tests"
         return _triton_obstacle(device, dtype)
     if name in ("cpp", "cuda"):
-        return _extension_obstacle(name, device, dtype)
+        return _extension_obstacle(op, name, device, dtype)
     return None
 
 
-def _extension_obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def _extension_obstacle(op: str, name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     extension, wanted = (_ext.CUDA, "cuda") if name == "cuda" else (_ext.CPU, "cpu")
     if device.type != wanted:
         return f"it serves {wanted} tensors, these are on {device.type}"
     if not extension.loaded:
         return extension.reason
+    if op in extension.lacks:
+        return f"{extension.reason} is of an older build without it: build it again (make ext, or install again)"
     if name == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
         return "it is compiled for sm_80 and later"
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"it serves float32, bfloat16 and float16, these tensors are {str(dtype).removeprefix('torch.')}"
+    if dtype not in EXTENSION_DTYPES[op]:
+        *others, last = (str(x).removeprefix("torch.") for x in EXTENSION_DTYPES[op])
+        return f"it serves {', '.join(others)} and {last}, these tensors are {str(dtype).removeprefix('torch.')}"
     return None
 
 

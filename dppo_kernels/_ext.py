@@ -9,16 +9,21 @@ import torch
 _FOLDER = Path(__file__).resolve().parent
 
 
+# What this version calls, by extension. A file of an earlier build lacks what came since.
+OPS = {"_C": ("topk_logprobs", "gae", "whiten"), "_C_cuda": ("topk_logprobs",)}
+
+
 class Extension(NamedTuple):
     """Whether its ops can be called, and in words what was found."""
 
     loaded: bool
     reason: str
+    lacks: tuple[str, ...] = ()  # ops of this version that a loaded extension does not have
 
 
 def _load(name: str) -> Extension:
     if _is_loaded(name):
-        return Extension(True, "loaded before")  # a second copy would end the process
+        return Extension(True, "loaded before", _lacks(name))  # a second copy would end the process
     path = next(_FOLDER.glob(f"{name}.*so"), None)
     if path is None:
         return Extension(False, f"not built: {_why_not_built(name)}")
@@ -26,11 +31,15 @@ def _load(name: str) -> Extension:
         torch.ops.load_library(path)
     except (OSError, RuntimeError) as error:
         return Extension(False, f"{path.name} does not load: {str(error).splitlines()[0]}")
-    return Extension(True, path.name)
+    return Extension(True, path.name, _lacks(name))
+
+
+def _lacks(name: str) -> tuple[str, ...]:
+    return tuple(op for op in OPS[name] if not hasattr(getattr(torch.ops, f"dppo_kernels{name}"), op))
 
 
 def _is_loaded(name: str) -> bool:
-    return hasattr(getattr(torch.ops, f"dppo_kernels{name}"), "topk_logprobs")
+    return len(_lacks(name)) < len(OPS[name])
 
 
 def _why_not_built(name: str) -> str:

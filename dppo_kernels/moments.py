@@ -8,6 +8,8 @@ from torch import Tensor
 from dppo_kernels import _checks
 from dppo_kernels._numerics import stat_dtype
 
+WHITENING_EPS = 1e-8
+
 
 class Moments(NamedTuple):
     """Moments of a set of numbers. Those of several processes are one by `merge`, folded in the order of their ranks."""
@@ -60,7 +62,7 @@ def whiten(
     *,
     shift_mean: bool = True,
     moments: Moments | None = None,
-    eps: float = 1e-8,
+    eps: float = WHITENING_EPS,
 ) -> Tensor:
     """``(x - mean) / sqrt(variance + eps)`` of what is counted, 0 elsewhere; the variance is the unbiased one.
 
@@ -87,13 +89,24 @@ def whiten(
         raise ValueError(f"`eps` must not be negative, got {eps}")
     if moments is None:
         moments = masked_moments(x, mask)
-    variance = moments.variance() + eps
-    # Without eps, numbers that are all equal have no scale: they become 0 as well.
-    scale = torch.where(variance > 0, variance.rsqrt(), 0.0)
-    scaled = (x.double() - moments.mean) * scale
+    scaled = (x.double() - moments.mean) * whitening_scale(moments, eps)
     if not shift_mean:
         scaled = scaled + moments.mean
     return torch.where(mask, scaled, 0.0).to(stat_dtype(x.dtype))
+
+
+def whitening_scale(moments: Moments, eps: float = WHITENING_EPS) -> Tensor:
+    """Scalar that brings numbers of these moments to variance 1; 0 where they are all equal and `eps` is 0."""
+    variance = moments.variance() + eps
+    return torch.where(variance > 0, variance.rsqrt(), 0.0)
+
+
+def merge_rows(partials: Tensor) -> Moments:
+    """One `Moments` of those of every row, [B, 3], added up in the order of the rows."""
+    counts, means, m2 = partials.double().unbind(1)
+    count = counts.sum()
+    mean = (counts * means).sum() / count.clamp(min=1)
+    return Moments(count, mean, m2.sum() + (counts * (means - mean).square()).sum())
 
 
 def _check(x: Tensor, mask: Tensor) -> None:

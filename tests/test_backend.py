@@ -91,6 +91,23 @@ def test_extensions_serve_their_device_where_they_are_built(name: str, device, o
         _backend.resolve("topk_logprobs", name, device, torch.float32)
 
 
+def test_a_build_that_lacks_an_op_serves_the_others(monkeypatch) -> None:
+    monkeypatch.setattr(_ext, "CPU", _ext.Extension(True, "_C.abi3.so", ("gae", "whiten")))
+    assert _backend.resolve("topk_logprobs", None, CPU, torch.float32) == "cpp"
+    assert _backend.resolve("gae", None, CPU, torch.float32) == "torch"
+    assert _backend.status()["cpp"] == (True, "C++ on CPU tensors (_C.abi3.so, an older build without gae, whiten)")
+    with pytest.raises(ValueError, match=r"cannot serve gae: _C\.abi3\.so is of an older build without it: build it again"):
+        _backend.resolve("gae", "cpp", CPU, torch.float32)
+
+
+def test_dtypes_of_the_extension_by_op(monkeypatch) -> None:
+    monkeypatch.setattr(_ext, "CPU", _ext.Extension(True, "_C.abi3.so"))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        assert _backend.resolve("gae", None, CPU, dtype) == "cpp"
+    with pytest.raises(ValueError, match=r"it serves float32, bfloat16, float16 and float64, these tensors are float8_e4m3fn"):
+        _backend.resolve("gae", "cpp", CPU, torch.float8_e4m3fn)
+
+
 def test_the_cuda_extension_leaves_older_devices_to_torch(monkeypatch) -> None:
     monkeypatch.setattr(_ext, "CUDA", _ext.Extension(True, "_C_cuda.abi3.so"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

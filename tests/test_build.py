@@ -102,16 +102,24 @@ def test_a_wheel_without_extensions_is_for_every_machine(checkout: Path) -> None
 def test_a_missing_or_broken_file_is_explained(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(_ext, "_FOLDER", tmp_path)
     monkeypatch.setattr(_ext, "_is_loaded", lambda name: False)
-    assert _ext._load("_C") == (
+    assert _ext._load("_C")[:2] == (
         False,
         "not built: no build was tried (pip install --no-build-isolation, without DPPO_KERNELS_SKIP_EXT)",
     )
     (tmp_path / "_build.json").write_text('{"_C": "built", "_C_cuda": "no CUDA toolkit (set CUDA_HOME)"}')
-    assert _ext._load("_C") == (False, "not built: its file is gone since")
-    assert _ext._load("_C_cuda") == (False, "not built: no CUDA toolkit (set CUDA_HOME)")
+    assert _ext._load("_C")[:2] == (False, "not built: its file is gone since")
+    assert _ext._load("_C_cuda")[:2] == (False, "not built: no CUDA toolkit (set CUDA_HOME)")
     (tmp_path / "_build.json").write_text("")
     assert "_build.json cannot be read" in _ext._load("_C_cuda").reason
     (tmp_path / "_C.abi3.so").write_text("not a library")
-    loaded, reason = _ext._load("_C")
+    loaded, reason, _ = _ext._load("_C")
     assert not loaded
     assert reason.startswith("_C.abi3.so does not load: ")
+
+
+def test_what_a_loaded_extension_lacks(monkeypatch) -> None:
+    monkeypatch.setattr(_ext, "OPS", {"_C": ("topk_logprobs", "of_tomorrow")})
+    monkeypatch.setattr(torch.ops, "dppo_kernels_C", type("Namespace", (), {"topk_logprobs": None}))
+    assert _ext._load("_C") == (True, "loaded before", ("of_tomorrow",))
+    monkeypatch.setattr(torch.ops, "dppo_kernels_C", object())
+    assert not _ext._is_loaded("_C")

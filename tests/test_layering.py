@@ -29,6 +29,7 @@ RANKS = {
     "kernels_bwd": 2,
     "kernels_exp": 2,
     "topk_native": 2,
+    "native": 2,
     "op": 3,
     "topk": 3,
     "divergence": 4,

@@ -70,48 +70,8 @@ struct Loops {
   float scale(const Float16* x, float t, float* z, float* column_max) const { return scale_float16(x, t, z, column_max); }
 };
 
-namespace baseline {
-#include "topk_loops.inc"
-}
-
-#if defined(__x86_64__) && defined(__clang__)
-#define DPPO_TARGETS
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-namespace avx2 {
-#include "topk_loops.inc"
-}
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), apply_to = function)
-namespace avx512 {
-#include "topk_loops.inc"
-}
-#pragma clang attribute pop
-#elif defined(__x86_64__) && defined(__GNUC__)
-#define DPPO_TARGETS
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace avx2 {
-#include "topk_loops.inc"
-}
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
-namespace avx512 {
-#include "topk_loops.inc"
-}
-#pragma GCC pop_options
-#endif
-
-const Loops& pick_loops() {
-#if defined(DPPO_TARGETS) && !defined(DPPO_BASELINE_ONLY)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    return wide ? avx512::LOOPS : avx2::LOOPS;
-  }
-#endif
-  return baseline::LOOPS;
-}
+#define DPPO_LOOPS "topk_loops.inc"
+#include "per_target.inc"
 
 // Larger key = better token. Zeros of both signs are equal.
 inline uint64_t make_key(float z, int64_t id) {

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dppo_kernels import _backend, _checks
 from dppo_kernels._numerics import stat_dtype
+from dppo_kernels.gae.native import gae_cpp
 from dppo_kernels.gae.reference import gae_ref
 from dppo_kernels.gae.torch_impl import gae_fwd
 from dppo_kernels.moments import whiten as whiten_masked
@@ -49,7 +50,8 @@ def gae(
         lam_value: lambda of the returns, if it is another one: ``R_t = A_t(lam_value) + V_t``. 1 is the Monte-Carlo return.
         bootstrap: [B] value of what follows the last counted position of each row; None is 0 (the episode ended there).
         whiten: whiten the advantages over the call (see `whiten`); returns are made of those before.
-        backend: "auto" (default: "torch"), "torch" or "reference"; also set by ``DPPO_KERNELS_BACKEND``.
+        backend: "auto" (default: "cpp" on CPU where that extension is built, else "torch"), "cpp", "torch" or "reference"; also
+            set by ``DPPO_KERNELS_BACKEND``.
         check_values: check the range of lambdas that are tensors on CUDA too (a host sync); on CPU they are always checked.
 
     Returns:
@@ -94,6 +96,8 @@ def _gae(
             _check_range(name, rows)
     dtype = stat_dtype(torch.promote_types(rewards.dtype, values.dtype))
     lambdas = (lam if lam_rows is None else lam_rows, lam_value if lam_value_rows is None else lam_value_rows)
+    if backend == "cpp":
+        return gae_cpp(rewards, values, mask, bootstrap, gamma, *lambdas, dtype, whiten)  # type: ignore[arg-type]
     run = {"torch": gae_fwd, "reference": gae_ref}[backend]
     advantages, returns = run(rewards, values, mask, bootstrap, gamma, *lambdas, dtype)  # type: ignore[arg-type]
     return whiten_masked(advantages, mask) if whiten else advantages, returns

@@ -49,16 +49,16 @@ def gae_fwd(
     if bootstrap is not None and padded:
         next_values.scatter_(1, (lengths - 1).clamp(min=0)[:, None], bootstrap.double()[:, None])
     delta = torch.where(inside, r + gamma * next_values - v, 0.0)
-    advantages = _discounted_sums(delta, gamma * lam, block)
-    for_returns = advantages if lam_value is None else _discounted_sums(delta, gamma * lam_value, block)
+    advantages = _discounted_sums(delta, gamma, lam, block)
+    for_returns = advantages if lam_value is None else _discounted_sums(delta, gamma, lam_value, block)
     return unpack(advantages), unpack(for_returns + v)
 
 
-def _discounted_sums(delta: Tensor, factor: float | Tensor, block: int) -> Tensor:
-    """``out[:, i] = sum_{j >= i} factor^(j - i) delta[:, j]``; the width of `delta` is a multiple of `block`."""
+def _discounted_sums(delta: Tensor, gamma: float, lam: float | Tensor, block: int) -> Tensor:
+    """``out[:, i] = sum_{j >= i} (gamma lam)^(j - i) delta[:, j]``; the width of `delta` is a multiple of `block`."""
     steps = torch.arange(block, device=delta.device)
     ahead = steps[:, None] - steps  # j - i
-    f = torch.as_tensor(factor, dtype=torch.float64, device=delta.device)[..., None]
+    f = gamma * torch.as_tensor(lam, dtype=torch.float64, device=delta.device)[..., None]
     to_next = f ** (block - steps)  # [K] or [B, K]
     matrix = torch.where(ahead >= 0, f[..., None] ** ahead.clamp(min=0), 0.0)  # [K, K] or [B, K, K]
     out = delta.view(len(delta), -1, block) @ matrix

@@ -8,10 +8,13 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-op_backends = pytest.mark.parametrize("backend", ["torch"])
-every_backend = pytest.mark.parametrize("backend", ["torch", "reference"])
+from dppo_kernels import _ext
+
+cpp = pytest.param("cpp", marks=pytest.mark.skipif(not _ext.CPU.loaded, reason=f"C++ extension: {_ext.CPU.reason}"))
+op_backends = pytest.mark.parametrize("backend", [cpp, "torch"])
+every_backend = pytest.mark.parametrize("backend", [cpp, "torch", "reference"])
 # A matrix product may add in another order when it has other rows.
-batch_invariant_backends = pytest.mark.parametrize("backend", ["reference"])
+batch_invariant_backends = pytest.mark.parametrize("backend", [cpp, "reference"])
 
 
 @dataclass(frozen=True)

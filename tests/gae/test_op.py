@@ -77,6 +77,20 @@ def test_whitening_numbers_far_from_0(backend: str) -> None:
     assert single.advantages.tolist() == [[0.0], [0.0]]
 
 
+@op_backends
+@pytest.mark.parametrize(("rows", "steps"), [(300, 260), (3, 70_001)])
+def test_large_batches(backend: str, rows: int, steps: int) -> None:
+    """Enough for several threads, and more steps than 16 bits count."""
+    g = torch.Generator().manual_seed(0)
+    rewards, values = (torch.randn(rows, steps, generator=g) for _ in range(2))
+    mask = torch.rand(rows, steps, generator=g) < torch.tensor([0.2, 0.97, 1.0]).repeat(rows // 3)[:, None]
+    lam = torch.linspace(0.9, 1, rows)
+    out = gae(rewards, values, mask, gamma=0.999, lam=lam, lam_value=0.97, backend=backend)
+    exact = gae(rewards.double(), values.double(), mask, gamma=0.999, lam=lam.double(), lam_value=0.97, backend="torch")
+    for found, expected in zip(out, exact, strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 @every_backend
 def test_results_are_detached_and_inputs_unchanged(backend: str) -> None:
     rewards, values, mask = batch()
