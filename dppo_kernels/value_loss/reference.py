@@ -30,18 +30,21 @@ def value_loss_fwd(
     mask: Tensor,
     weight: Tensor,
     clip: float | None,
-) -> tuple[Tensor, Tensor, dict[str, Stat]]:
-    """Loss, its gradient in `values`, and statistics.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, its gradient in `values`, and statistics as [METRICS, 3] in float64; all but those in the dtype of `weight`.
 
     Where the clipped error is the larger one, `values` are outside of the clip range and have no gradient; everywhere else,
     ties included, the gradient is that of the plain squared error.
     """
-    v, target, old = _clean(values, old_values, returns, mask)
+    dtype = weight.dtype
+    v, target, old = _clean(values.to(dtype), None if old_values is None else old_values.to(dtype), returns.to(dtype), mask)
     error = v - target
     squared, clipped_squared = error.square(), (_clamped(v, old, clip) - target).square()
     clipped = clipped_squared > squared
     loss = 0.5 * weight * torch.maximum(squared, clipped_squared).sum()
-    return loss, torch.where(clipped, 0.0, error * weight), _stats(squared, clipped, v, mask)
+    stats = _stats(squared, clipped, v, mask).values()
+    packed = torch.stack([torch.stack([x.double() for x in stat]) for stat in stats])
+    return loss, torch.where(clipped, 0.0, error * weight), packed
 
 
 def _clean(values: Tensor, old_values: Tensor | None, returns: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
