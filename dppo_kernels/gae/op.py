@@ -74,7 +74,7 @@ def gae(
     inputs = (rewards.detach(), values.detach(), mask, None if bootstrap is None else bootstrap.detach(), *rows)
     numbers = [None if isinstance(x, Tensor) else x for x in scalars]
     run: Callable[..., tuple[Tensor, Tensor]] = _gae if name == "reference" else torch.ops.dppo_kernels.gae
-    return Gae(*run(*inputs, float(gamma), *numbers, whiten, check_values, name))
+    return Gae(*run(*inputs, float(gamma), *numbers, bool(whiten), bool(check_values), name))
 
 
 def _gae(
