@@ -68,13 +68,15 @@ def cases(architecture: str) -> list[Case]:
 def _cases(architecture: str, *, described: bool) -> list[Case]:
     import torch
 
-    from dppo_kernels._tiling import pick_grad_plan, pick_lse_plan, pick_row_plan
+    from dppo_kernels._tiling import pick_gae_plan, pick_grad_plan, pick_lse_plan, pick_row_plan
+    from dppo_kernels.gae.kernels import gae_kernel
     from dppo_kernels.linear_logprobs import kernels, kernels_bwd, kernels_exp, kernels_unit
     from dppo_kernels.linear_logprobs.kernels_exp import ROW_BLOCK
     from dppo_kernels.linear_policy_loss import kernels as policy
     from dppo_kernels.linear_policy_loss.kernels_rows import policy_row_kernel
     from dppo_kernels.linear_policy_loss.triton_impl import COPY_BLOCK
     from dppo_kernels.token_logprobs import kernels as token
+    from dppo_kernels.value_loss.kernels import BLOCK, value_loss_kernel
 
     capability = {"80": (8, 0), "90": (9, 0), "100": (10, 0)}.get(architecture, (8, 0))
     lse, grad = (pick(capability, torch.bfloat16, described) for pick in (pick_lse_plan, pick_grad_plan))
@@ -349,6 +351,16 @@ def _cases(architecture: str, *, described: bool) -> list[Case]:
                 1,
             )
         )
+    values = {f"{name}_ptr": FP32 for name in ("rewards", "values", "bootstrap", "decay", "decay_value", "moments", "returns")}
+    values |= {f"{name}_ptr": FP32 for name in ("old_values", "weight", "dvalues", "partials")}
+    values |= {"advantages_ptr": FP32, "mask_ptr": BOOL, "gamma": "fp32", "clip": "fp32"}
+    for steps, extra in itertools.product((128, 65536), (False, True)):
+        gae_plan = pick_gae_plan(capability, steps)
+        strides = {f"stride_{name}_t": 1 for name in ("rewards", "values", "mask")} | {"stride_decay": 0}
+        features = {"HAS_BOOTSTRAP": extra, "TWO": extra, "MOMENTS": extra, "BLOCK_T": gae_plan.block_t}
+        label = f"{gae_plan.block_t}{' two lambdas, moments' if extra else ''}"
+        found.append(Case(gae_kernel, label, values, {**strides, **features}, gae_plan.num_warps))
+    found.append(Case(value_loss_kernel, f"{BLOCK}", values, {"HAS_CLIP": True, "BLOCK_N": BLOCK}, 4))
     with_lora = [case for case in found if "LOW_RANK" in case.kernel.arg_names]
     return found + [replace(x, label=f"{x.label} LoRA", constants={**x.constants, "LOW_RANK": True}) for x in with_lora]
 

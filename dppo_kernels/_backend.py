@@ -20,8 +20,8 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "token_logprobs": ("triton", "torch", "reference"),
     "topk_logprobs": ("cuda", "cpp", "torch", "reference"),
     "linear_policy_loss": ("triton", "torch", "reference"),
-    "gae": ("cpp", "torch", "reference"),
-    "value_loss": ("torch", "reference"),
+    "gae": ("triton", "cpp", "torch", "reference"),
+    "value_loss": ("triton", "torch", "reference"),
 }
 
 _REDUCED = (torch.float32, torch.bfloat16, torch.float16)

@@ -138,6 +138,21 @@ def pick_row_plan(capability: tuple[int, int] | None) -> RowPlan:
     return RowPlan(64, 4) if capability is None else RowPlan(4096, 8)
 
 
+class GaePlan(NamedTuple):
+    """Steps of a row that a program scans at one time. Nothing in it depends on the number of rows."""
+
+    block_t: int
+    num_warps: int
+
+
+def pick_gae_plan(capability: tuple[int, int] | None, steps: int) -> GaePlan:
+    """8 steps a thread; a short row gets one warp, so that many of them share an SM. Not measured yet."""
+    if capability is None:
+        return GaePlan(16, 1)
+    block = max(64, min(1024, 1 << max(steps - 1, 0).bit_length()))
+    return GaePlan(block, max(1, block // 256))
+
+
 # Of the CUDA top-K: CTAs that live on an SM at one time, how many times over a device is filled, and the shortest segment of a
 # row (2 or 4 tiles: its first tile sorts out candidates and costs several others). Not measured yet.
 TOPK_CTAS_PER_SM = 5

@@ -114,4 +114,7 @@ def test_every_kernel_runs_in_the_interpreter() -> None:
         spec = dppo_kernels.PRESETS["dapo"].replace(entropy_coef=0.1)
         batch = (ids, torch.zeros(N), torch.ones(N), torch.ones(N, dtype=torch.bool))
         dppo_kernels.linear_policy_loss(*leaves[:2], *batch, spec=spec, bias=leaves[2], backend="triton")
+        tokens = (torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool))
+        returns = dppo_kernels.gae(*tokens, backend="triton").returns
+        dppo_kernels.value_loss(tokens[0], None, returns, tokens[2], backend="triton")
     assert set(work.launches) == kernels

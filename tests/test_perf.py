@@ -27,6 +27,9 @@ GATES = {
     ("topk_logprobs", STEP, "forward", BFLOAT): {"naive": 7.0},
     ("topk_logprobs_ascending", STEP, "forward", FLOAT): {"naive": 1.0, "naive_in_dtype": 1.0},
     ("topk_logprobs_ascending", STEP, "forward", BFLOAT): {"naive": 1.0, "naive_in_dtype": 1.0},
+    # [256, 4096]; the peer of "naive" is a loop over time. Aim: 100. The blocked torch path is what a build without C++ gets.
+    ("gae", CPU_SHAPES["C1"], "forward", FLOAT): {"naive": 20.0, "dppo_kernels in torch": 2.0},
+    ("gae_full", CPU_SHAPES["C1"], "forward", FLOAT): {"naive": 20.0, "dppo_kernels in torch": 2.0},
 }
 
 

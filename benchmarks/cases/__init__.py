@@ -11,9 +11,12 @@ from benchmarks.shapes import Shape
 
 POLICY_LOSSES = tuple(f"linear_policy_loss{variant}" for variant in ("", "_half", "_frozen", "_topk"))
 TOPK = ("topk_logprobs", "topk_logprobs_ascending")
-NAMES = ("linear_logprobs", "topk_gather", "token_logprobs", *TOPK, *POLICY_LOSSES)
+GAE = ("gae", "gae_full")
+NAMES = ("linear_logprobs", "topk_gather", "token_logprobs", *TOPK, *POLICY_LOSSES, *GAE, "value_loss")
 # Modules that hold more than one case.
-_VARIANTS = dict.fromkeys(POLICY_LOSSES, "linear_policy_loss") | dict.fromkeys(TOPK, "topk_logprobs")
+_VARIANTS = (
+    dict.fromkeys(POLICY_LOSSES, "linear_policy_loss") | dict.fromkeys(TOPK, "topk_logprobs") | dict.fromkeys(GAE, "gae")
+)
 OURS = "dppo_kernels"
 FULL_LOGITS_LIMIT = {"cuda": 60 << 30, "cpu": 8 << 30}  # bytes; providers that need more are left out, by name
 

@@ -50,8 +50,8 @@ def gae(
         lam_value: lambda of the returns, if it is another one: ``R_t = A_t(lam_value) + V_t``. 1 is the Monte-Carlo return.
         bootstrap: [B] value of what follows the last counted position of each row; None is 0 (the episode ended there).
         whiten: whiten the advantages over the call (see `whiten`); returns are made of those before.
-        backend: "auto" (default: "cpp" on CPU where that extension is built, else "torch"), "cpp", "torch" or "reference"; also
-            set by ``DPPO_KERNELS_BACKEND``.
+        backend: "auto" (default: "triton" on CUDA, "cpp" on CPU where that extension is built, else "torch"), "triton", "cpp",
+            "torch" or "reference"; also set by ``DPPO_KERNELS_BACKEND``. float64 on CUDA runs on "torch".
         check_values: check the range of lambdas that are tensors on CUDA too (a host sync); on CPU they are always checked.
 
     Returns:
@@ -74,7 +74,7 @@ def gae(
     inputs = (rewards.detach(), values.detach(), mask, None if bootstrap is None else bootstrap.detach(), *rows)
     numbers = [None if isinstance(x, Tensor) else x for x in scalars]
     run: Callable[..., tuple[Tensor, Tensor]] = _gae if name == "reference" else torch.ops.dppo_kernels.gae
-    return Gae(*run(*inputs, float(gamma), *numbers, whiten, check_values, name))
+    return Gae(*run(*inputs, float(gamma), *numbers, bool(whiten), bool(check_values), name))
 
 
 def _gae(
@@ -96,8 +96,11 @@ def _gae(
             _check_range(name, rows)
     dtype = stat_dtype(torch.promote_types(rewards.dtype, values.dtype))
     lambdas = (lam if lam_rows is None else lam_rows, lam_value if lam_value_rows is None else lam_value_rows)
-    if backend == "cpp":
-        return gae_cpp(rewards, values, mask, bootstrap, gamma, *lambdas, dtype, whiten)  # type: ignore[arg-type]
+    if backend in ("cpp", "triton"):
+        if backend == "triton":  # imported here: the package works without Triton
+            from dppo_kernels.gae.kernels import gae_triton
+        fused = gae_cpp if backend == "cpp" else gae_triton
+        return fused(rewards, values, mask, bootstrap, gamma, *lambdas, dtype, whiten)  # type: ignore[arg-type]
     run = {"torch": gae_fwd, "reference": gae_ref}[backend]
     advantages, returns = run(rewards, values, mask, bootstrap, gamma, *lambdas, dtype)  # type: ignore[arg-type]
     return whiten_masked(advantages, mask) if whiten else advantages, returns

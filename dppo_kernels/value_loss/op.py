@@ -37,7 +37,8 @@ def value_loss(
         clip: positive width of the clip range; None is the plain squared error.
         denominator: positive number or scalar tensor that replaces the count of the call (at least 1), so that micro-batches
             and ranks that divide by the same number add up to the loss of the whole batch.
-        backend: "auto" (default: "torch"), "torch" or "reference"; also set by ``DPPO_KERNELS_BACKEND``.
+        backend: "auto" (default: "triton" on CUDA, else "torch"), "triton", "torch" or "reference"; also set by
+            ``DPPO_KERNELS_BACKEND``. float64 runs on "torch".
 
     Returns:
         Scalar loss, float32 (float64 if an input is), and detached stats over what counts: "value_error" (squared, unclipped),
@@ -90,11 +91,12 @@ def _op(
     clip: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, gradient in the loss's dtype, and the statistics as [metrics, 3]."""
-    dtype = weight.dtype
-    old = None if old_values is None else old_values.to(dtype)
-    loss, dvalues, stats = value_loss_fwd(values.to(dtype), old, returns.to(dtype), mask, weight, clip)
-    return loss, dvalues, torch.stack([torch.stack([x.double() for x in stat]) for stat in stats.values()])
+    """Loss and gradient in the dtype of `weight`, and the statistics as [METRICS, 3]."""
+    if backend == "triton":  # imported here: the package works without Triton
+        from dppo_kernels.value_loss.kernels import value_loss_triton
+
+        return value_loss_triton(values, old_values, returns, mask, weight, clip)
+    return value_loss_fwd(values, old_values, returns, mask, weight, clip)
 
 
 @_op.register_fake

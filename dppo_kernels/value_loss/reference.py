@@ -30,18 +30,34 @@ def value_loss_fwd(
     mask: Tensor,
     weight: Tensor,
     clip: float | None,
-) -> tuple[Tensor, Tensor, dict[str, Stat]]:
-    """Loss, its gradient in `values`, and statistics.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, its gradient in `values`, and statistics as [METRICS, 3] in float64; all but those in the dtype of `weight`.
 
     Where the clipped error is the larger one, `values` are outside of the clip range and have no gradient; everywhere else,
     ties included, the gradient is that of the plain squared error.
     """
-    v, target, old = _clean(values, old_values, returns, mask)
-    error = v - target
-    squared, clipped_squared = error.square(), (_clamped(v, old, clip) - target).square()
-    clipped = clipped_squared > squared
-    loss = 0.5 * weight * torch.maximum(squared, clipped_squared).sum()
-    return loss, torch.where(clipped, 0.0, error * weight), _stats(squared, clipped, v, mask)
+    values, returns = values.to(weight.dtype), returns.to(weight.dtype)
+    error = torch.where(mask, values - returns, 0.0)
+    squared = error.square()
+    dvalues = error.mul_(weight)
+    count = mask.sum().double()
+    total, n_clipped = squared.sum(), torch.zeros_like(count)
+    if old_values is not None and clip is not None:
+        old_values = old_values.to(weight.dtype)
+        clipped_squared = torch.clamp(values, old_values - clip, old_values + clip).sub_(returns).square_()
+        clipped = clipped_squared.masked_fill_(~mask, 0.0) > squared
+        dvalues.masked_fill_(clipped, 0.0)
+        n_clipped = clipped.sum().double()
+        total = torch.maximum(squared, clipped_squared).sum()
+    summed = torch.stack([squared.sum().double(), n_clipped, torch.where(mask, values, 0.0).sum().double()])
+    # What does not count is not above anything that does: a square, a share, a value.
+    largest = [_max(squared), (n_clipped > 0).double(), _max(torch.where(mask, values, -torch.inf))]
+    maxima = torch.where(count > 0, torch.stack(largest), -torch.inf)
+    return 0.5 * weight * total, dvalues, torch.stack([summed, count.expand(3), maxima], 1)
+
+
+def _max(x: Tensor) -> Tensor:
+    return x.amax().double() if x.numel() else x.sum().double()
 
 
 def _clean(values: Tensor, old_values: Tensor | None, returns: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
