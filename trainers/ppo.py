@@ -85,8 +85,9 @@ class PPOTrainer(ValueStateMixin, PPORolloutMixin, PolicyTrainer):
             raise ValueError("`ref_model` would not be used: `kl_coef` is 0")
         if ref_model is not None and args.sync_ref_model:
             raise ValueError("`sync_ref_model` moves a reference loaded from the policy's path: leave `ref_model` out")
-        adapted = is_peft_model(model) or kwargs.get("peft_config", rest[7] if len(rest) > 7 else None) is not None
-        if args.kl_coef and ref_model is None and not (isinstance(model, str) or adapted or args.sync_ref_model):
+        peft_config = kwargs.get("peft_config", rest[7] if len(rest) > 7 else None)
+        is_plain = not isinstance(model, str) and peft_config is None and not is_peft_model(model)
+        if args.kl_coef and ref_model is None and is_plain and not args.sync_ref_model:
             ref_model = copy.deepcopy(model)  # what it was loaded from may be another model
         if reward_model is not None:
             reward_funcs = _with_reward_model(reward_funcs, reward_model, rest, kwargs)
