@@ -76,7 +76,7 @@ def whiten(
         eps: added to the variance.
 
     Returns:
-        Shape of `x`, float32 (float64 for float64), detached.
+        Shape of `x`, contiguous, float32 (float64 for float64), detached.
 
     Raises:
         TypeError, ValueError: wrong dtype or shape, a negative `eps`.
@@ -92,7 +92,7 @@ def whiten(
     scaled = (x.double() - moments.mean) * whitening_scale(moments, eps)
     if not shift_mean:
         scaled = scaled + moments.mean
-    return torch.where(mask, scaled, 0.0).to(stat_dtype(x.dtype))
+    return torch.where(mask, scaled, 0.0).to(stat_dtype(x.dtype)).contiguous()
 
 
 def whitening_scale(moments: Moments, eps: float = WHITENING_EPS) -> Tensor:

@@ -3,6 +3,7 @@
 What counts is moved together, so that nothing is skipped inside a row. Within a block of K steps the sum is a product with a
 [K, K] triangular matrix of powers of f (one matrix, or one a row); between blocks a carry of [B] runs backwards, T / K times.
 Products are in float64: matrix products in float32 are rounded to 16 bits under settings that others choose for their models.
+Their order of addition may depend on the number of rows, so that the last bit of a row may depend on its batch.
 """
 
 import torch

@@ -36,7 +36,7 @@ def value_loss_fwd(
     Where the clipped error is the larger one, `values` are outside of the clip range and have no gradient; everywhere else,
     ties included, the gradient is that of the plain squared error.
     """
-    values, returns = values.to(weight.dtype), returns.to(weight.dtype)
+    values, returns, mask = values.to(weight.dtype).contiguous(), returns.to(weight.dtype), mask.contiguous()
     error = torch.where(mask, values - returns, 0.0)
     squared = error.square()
     dvalues = error.mul_(weight)

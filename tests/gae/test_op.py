@@ -129,6 +129,17 @@ def test_opcheck(backend: str, options: dict[str, Any]) -> None:
 
 
 @op_backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_results_are_contiguous_whatever_the_inputs_are(backend: str, dtype: torch.dtype) -> None:
+    transposed = [x.t().contiguous().t() for x in batch(dtype)]
+    for whiten_advantages in (False, True):
+        out = gae(*transposed, whiten=whiten_advantages, backend=backend)
+        expected = gae(*batch(dtype), whiten=whiten_advantages, backend=backend)
+        assert all(x.is_contiguous() for x in out)
+        assert all(torch.equal(x, y) for x, y in zip(out, expected, strict=True))
+
+
+@op_backends
 def test_compiled_equals_eager_in_one_graph(backend: str) -> None:
     rewards, values, mask = batch()
 

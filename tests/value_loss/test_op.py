@@ -175,6 +175,15 @@ def test_opcheck(backend: str, clip: float | None) -> None:
 
 
 @op_backends
+def test_gradients_are_contiguous_whatever_the_inputs_are(backend: str) -> None:
+    values, *others = (x.detach().t().contiguous().t() for x in batch((3, 8)))
+    *_, mask = others
+    _, dvalues, _ = torch.ops.dppo_kernels.value_loss(values, *others, torch.tensor(0.1), 0.2, backend)
+    assert dvalues.is_contiguous()
+    assert not dvalues[~mask].any()
+
+
+@op_backends
 def test_compiled_equals_eager_in_one_graph(backend: str) -> None:
     values, old, returns, mask = batch((3, 8))
 
