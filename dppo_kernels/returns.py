@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dppo_kernels import _checks
 from dppo_kernels._numerics import stat_dtype
-from dppo_kernels.moments import masked_moments
+from dppo_kernels.moments import Moments, masked_moments
 
 
 @torch.no_grad()
@@ -80,9 +80,10 @@ def length_adaptive_lambda(lengths: Tensor, alpha: float = 0.05) -> Tensor:
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """``1 - Var(returns - values) / Var(returns)`` over what counts: 1 is perfect, 0 what a constant reaches, or worse below.
+    """``1 - mean((values - returns)^2) / Var(returns)`` over what counts: 1 is perfect, 0 what the best constant reaches.
 
-    A constant error is not held against the values. NaN where the returns do not vary or nothing counts.
+    A constant error counts as an error, so that it is below 0 for values that are worse than that constant. NaN where the
+    returns do not vary or nothing counts.
 
     Args:
         values: [...] floating.
@@ -94,6 +95,8 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
     Raises:
         TypeError, ValueError: wrong dtype, shape or device.
+
+    Source: TRL up to 0.11, with the biased variance in place of the unbiased one; scikit-learn calls it R^2.
     """
     _checks.check_floating("values", values)
     _checks.check_floating("returns", returns)
@@ -101,6 +104,11 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     for name, value in {"returns": returns, "mask": mask}.items():
         _checks.check_shape(name, value, values.shape, "that of `values`")
         _checks.check_device(name, value, "values", values)
-    missed, total = (masked_moments(x, mask).m2 for x in (returns.double() - values.double(), returns))
-    dtype = stat_dtype(torch.promote_types(values.dtype, returns.dtype))
-    return torch.where(total > 0, 1 - missed / total, torch.nan).to(dtype)
+    errors, spread = masked_moments(returns.double() - values.double(), mask), masked_moments(returns, mask)
+    return explained_by_moments(errors, spread).to(stat_dtype(torch.promote_types(values.dtype, returns.dtype)))
+
+
+def explained_by_moments(errors: Moments, returns: Moments) -> Tensor:
+    """`explained_variance` of the moments of errors and returns, which processes can share; scalar float64."""
+    squared = errors.m2 + errors.count * errors.mean.square()
+    return torch.where(returns.m2 > 0, 1 - squared / returns.m2, torch.nan)

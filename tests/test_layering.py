@@ -33,6 +33,7 @@ RANKS = {
     "op": 3,
     "topk": 3,
     "divergence": 4,
+    "control": 4,
     "policy_spec": 5,
     "surrogates": 5,
     "policy": 6,

@@ -62,10 +62,12 @@ def test_explained_variance(n: int, seed: int) -> None:
         assert found.isnan()
         return
     v, r = values[mask].double(), returns[mask].double()
-    torch.testing.assert_close(found.double(), 1 - (r - v).var() / r.var(), rtol=1e-5, atol=1e-5)
+    expected = 1 - (r - v).square().mean() / r.var(unbiased=False)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
     assert explained_variance(returns, returns, mask) == 1
-    torch.testing.assert_close(explained_variance(returns + 5, returns, mask), torch.tensor(1.0), rtol=0, atol=1e-5)
-    torch.testing.assert_close(explained_variance(torch.zeros(n), returns, mask), torch.tensor(0.0), rtol=0, atol=1e-6)
+    best_constant = r.mean().expand(n).float()
+    torch.testing.assert_close(explained_variance(best_constant, returns, mask), torch.tensor(0.0), rtol=0, atol=1e-5)
+    assert explained_variance(best_constant + 1, returns, mask) < 0
     assert explained_variance(values, torch.full((n,), 0.1).double(), mask).isnan()
 
 

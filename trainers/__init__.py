@@ -5,15 +5,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dppo_kernels.trainers.accelerate import accelerate_trl
     from dppo_kernels.trainers.dapo import DAPOConfig, DAPOTrainer
+    from dppo_kernels.trainers.decoupled_ppo import DecoupledPPOTrainer
     from dppo_kernels.trainers.dppo import DPPOConfig, DPPOTrainer
+    from dppo_kernels.trainers.ppo import PPOTrainer
+    from dppo_kernels.trainers.ppo_config import DecoupledPPOConfig, PPOConfig
 
-__all__ = ["DAPOConfig", "DAPOTrainer", "DPPOConfig", "DPPOTrainer", "accelerate_trl"]
+__all__ = [
+    "DAPOConfig",
+    "DAPOTrainer",
+    "DPPOConfig",
+    "DPPOTrainer",
+    "DecoupledPPOConfig",
+    "DecoupledPPOTrainer",
+    "PPOConfig",
+    "PPOTrainer",
+    "accelerate_trl",
+]
 
 _MODULES = {
     "DAPOConfig": "dapo",
     "DAPOTrainer": "dapo",
     "DPPOConfig": "dppo",
     "DPPOTrainer": "dppo",
+    "DecoupledPPOConfig": "ppo_config",
+    "DecoupledPPOTrainer": "decoupled_ppo",
+    "PPOConfig": "ppo_config",
+    "PPOTrainer": "ppo",
     "accelerate_trl": "accelerate",
 }
 

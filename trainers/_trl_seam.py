@@ -12,15 +12,21 @@ SUPPORTED = {"trl": ((1, 16), (1, 17)), "transformers": ((5, 16), (5, 24))}
 # Methods of GRPOTrainer that are overridden or called.
 GRPO_TRAINER_METHODS = (
     "_calculate_rewards",
+    "_clip_grad_norm",
     "_compute_loss",
     "_generate",
     "_generate_and_score_completions",
     "_generate_single_turn",
+    "_get_grad_norm",
+    "_get_output_dir",
     "_get_per_token_logps_and_entropies",
     "_get_train_sampler",
     "_load_optimizer_and_scheduler",
     "_prepare_inputs",
+    "_push_from_checkpoint",
     "_run_epoch",
+    "_save_checkpoint",
+    "_save_optimizer_and_scheduler",
     "_save_rng_state",
     "_tokenize_prompts",
     "get_high_entropy_mask",
@@ -41,6 +47,7 @@ GRPO_TRAINER_ATTRIBUTES = (
     "beta",
     "entropy_coef",
     "environment_factories",
+    "eos_token_ids",
     "epsilon_high",
     "epsilon_low",
     "importance_sampling_level",
@@ -123,7 +130,12 @@ from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 from trl.generation.vllm_client import VLLMClient  # noqa: E402
 from trl.generation.vllm_generation import VLLMGeneration  # noqa: E402
 from trl.trainer import utils as trainer_utils  # noqa: E402
-from trl.trainer.utils import RepeatSampler  # noqa: E402
+from trl.trainer.utils import (  # noqa: E402
+    RepeatSampler,
+    create_model_from_path,
+    shuffle_sequence_dict,
+    split_tensor_dict,
+)
 
 for _owner, _names in ((GRPOTrainer, GRPO_TRAINER_METHODS), (VLLMGeneration, VLLM_METHODS), (VLLMClient, ("get_server_info",))):
     _missing = [f"{_owner.__name__}.{name}" for name in _names if not hasattr(_owner, name)]
@@ -183,7 +195,10 @@ __all__ = [
     "check_scoring",
     "check_versions",
     "check_vllm_attributes",
+    "create_model_from_path",
     "load_balancing_loss_func",
+    "shuffle_sequence_dict",
+    "split_tensor_dict",
     "supported_range",
     "trainer_utils",
 ]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dppo_kernels import PolicyLossSpec, Stat, policy_loss
 from dppo_kernels.trainers._trl_seam import GRPOTrainer, check_attributes
+from dppo_kernels.trainers.checkpoint import AtomicCheckpointMixin
 from dppo_kernels.trainers.dropout import check_deterministic, disable_dropout
 from dppo_kernels.trainers.loss_spec import STEP_NORMALISED
 from dppo_kernels.trainers.mismatch import MISMATCH_METRICS, MismatchMonitorMixin, fresh_stats
@@ -55,7 +56,7 @@ _SURROGATE_METRICS = {
 }
 
 
-class PolicyTrainer(MismatchMonitorMixin, ExactResumeMixin, RolloutCaptureMixin, GRPOTrainer):
+class PolicyTrainer(MismatchMonitorMixin, AtomicCheckpointMixin, ExactResumeMixin, RolloutCaptureMixin, GRPOTrainer):
     """GRPOTrainer whose loss is the `PolicyLossSpec` of its config; the base of this package's policy trainers.
 
     Takes GRPOTrainer's arguments; `args` is a `config_class`. Where the loss is DPPO's, the rollout policy's log-probs are
@@ -89,9 +90,12 @@ class PolicyTrainer(MismatchMonitorMixin, ExactResumeMixin, RolloutCaptureMixin,
             warn_of_merging(self.model)
         for scored in (policy, self.ref_model):
             if scored is not None:
-                base = self.accelerator.unwrap_model(scored)
-                install_scoring(base, temperature=self.temperature, cast_lm_head_to_fp32=args.cast_lm_head_to_fp32)
+                self._install_scoring(scored)
         check_attributes(self)
+
+    def _install_scoring(self, model: Any) -> None:
+        base = self.accelerator.unwrap_model(model)
+        install_scoring(base, temperature=self.temperature, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32)
 
     def _check_model(self, policy: Any) -> None:
         if self.captures_rollout and not self.use_vllm:
@@ -192,6 +196,7 @@ class PolicyTrainer(MismatchMonitorMixin, ExactResumeMixin, RolloutCaptureMixin,
             completion_ids.masked_fill(~mask, IGNORE_INDEX),
             scored_gather_ids=inputs.get("rollout_topk_ids"),
             **({"output_router_logits": True} if self.aux_loss_enabled else {}),
+            **self.scoring_options(),
         )
         accumulation = accumulation_steps(self)
         anchor = "sampling_per_token_logps" if self.captures_rollout else "old_per_token_logps"
@@ -225,7 +230,16 @@ class PolicyTrainer(MismatchMonitorMixin, ExactResumeMixin, RolloutCaptureMixin,
             stats.update(fresh_stats(stats, self.args.divergence_type))
         if "clipped_low" in stats:  # no token is both
             stats["clipped"] = _either(stats["clipped_low"], stats["clipped_high"])
+        loss = self.finish_loss(loss, scores, inputs, stats)
         self.record(stats)
+        return loss
+
+    def scoring_options(self) -> dict[str, Any]:
+        """Further keywords of the scoring forward that the loss is computed in."""
+        return {}
+
+    def finish_loss(self, loss: Tensor, scores: Any, inputs: dict[str, Any], stats: dict[str, Stat]) -> Tensor:
+        """Add what else is trained to the policy's loss, and its stats to `stats`."""
         return loss
 
 

@@ -33,6 +33,7 @@ class ScoredOutput(ModelOutput):
     loss: Tensor | None = None  # scalar
     stats: dict[str, Stat] | None = None
     aux_loss: Tensor | None = None  # scalar, mixture-of-experts load balancing
+    hidden: Tensor | None = None  # [B, T, H], what the head is applied to
 
 
 def logit_transform(config: PretrainedConfig) -> tuple[float | None, float]:
@@ -63,6 +64,7 @@ def install_scoring(
     The patched forward scores the last T positions of its input. `scored_ids` [B, T] are the ids at those positions (-100 =
     ignore); `scored_gather_ids` [B, T, K] are further ids to score there (negative = padding). With `policy_loss`, keyword
     arguments of `linear_policy_loss`, it returns that loss of the scored ids, its gradient computed on the way.
+    `with_hidden` adds the hidden states before the scored ids, for a value head.
     """
     previous_forward = model.forward
     softcap, logit_scale = logit_transform(model.config)
@@ -76,6 +78,7 @@ def install_scoring(
         scored_ids: Tensor | None = None,
         scored_gather_ids: Tensor | None = None,
         policy_loss: dict[str, Any] | None = None,
+        with_hidden: bool = False,
         **kwargs: Any,
     ) -> Any:
         if scored_ids is None:
@@ -94,7 +97,7 @@ def install_scoring(
             "logit_scale": logit_scale,
             "softcap": softcap,
         }
-        output = ScoredOutput()
+        output = ScoredOutput(hidden=hidden if with_hidden else None)
         with precision:
             if policy_loss is None:
                 scores = linear_logprobs(

@@ -14,13 +14,21 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from dppo_kernels.trainers.dapo import DAPOConfig, DAPOTrainer
 from dppo_kernels.trainers.data import MATH_TEMPLATE, load_prompts, split_problems
+from dppo_kernels.trainers.decoupled_ppo import DecoupledPPOTrainer
 from dppo_kernels.trainers.demo.offline import OFFLINE_MODEL, WARMUP_STEPS, build_offline_model
 from dppo_kernels.trainers.dppo import DPPOConfig, DPPOTrainer
+from dppo_kernels.trainers.ppo import PPOTrainer
+from dppo_kernels.trainers.ppo_config import DecoupledPPOConfig, PPOConfig
 from dppo_kernels.trainers.rewards import MathAnswerReward
 
-ALGORITHMS: dict[str, tuple[type[Any], type[Any]]] = {"dapo": (DAPOConfig, DAPOTrainer), "dppo": (DPPOConfig, DPPOTrainer)}
+ALGORITHMS: dict[str, tuple[type[Any], type[Any]]] = {
+    "dapo": (DAPOConfig, DAPOTrainer),
+    "decoupled-ppo": (DecoupledPPOConfig, DecoupledPPOTrainer),
+    "dppo": (DPPOConfig, DPPOTrainer),
+    "ppo": (PPOConfig, PPOTrainer),
+}
 CONFIGS = Path(__file__).with_name("configs")  # shipped ones, in a folder per algorithm
-MATH_REWARD = "math_answer"
+MATH_REWARD, NO_REWARD = "math_answer", "none"
 EVAL_ACCURACY = "eval_answers/correct"
 
 # Other spellings of options, on the command line (by their dataclass) and in YAML files.
@@ -40,7 +48,8 @@ class TrainArguments:
         prompt_template: "math" for `MATH_TEMPLATE`, or a text with one {problem}, put around each problem.
         as_chat: make plain prompts the user's message of a chat, for models with a chat template.
         eval_size: hold out so many prompts for evaluation.
-        reward_funcs: "math_answer", or import paths of reward functions such as my_rewards.exact.
+        reward_funcs: "math_answer", import paths of reward functions such as my_rewards.exact, or "none": no function, and so
+            no gold answers are read.
         correct_reward: of "math_answer", for a right answer.
         wrong_reward: of "math_answer", for any other.
         boxed: of "math_answer": "fallback", "never" or "only", see `MathAnswerReward`.
@@ -57,7 +66,7 @@ class TrainArguments:
     as_chat: bool = field(default=False, metadata={"help": "Make plain prompts the user's message of a chat."})
     eval_size: int = field(default=0, metadata={"help": "Hold out so many prompts for evaluation."})
     reward_funcs: list[str] = field(
-        default_factory=lambda: [MATH_REWARD], metadata={"help": f"{MATH_REWARD}, or import paths of reward functions."}
+        default_factory=lambda: [MATH_REWARD], metadata={"help": f"{MATH_REWARD}, import paths, or {NO_REWARD}."}
     )
     correct_reward: float = field(default=1.0, metadata={"help": f"Of {MATH_REWARD}."})
     wrong_reward: float = field(default=-1.0, metadata={"help": f"Of {MATH_REWARD}."})
@@ -70,6 +79,25 @@ class TrainArguments:
             raise ValueError(f"`eval_size` must not be negative, got {self.eval_size}")
         if self.offline_warmup_steps < 1:
             raise ValueError(f"`offline_warmup_steps` must be at least 1, got {self.offline_warmup_steps}")
+
+
+@dataclass
+class PPOTrainArguments(TrainArguments):
+    """`TrainArguments` with the models of PPO.
+
+    Args:
+        reward_model_path: a sequence classification model with one label, which is one more reward.
+        value_model_path: a token or sequence classification model with one label. Default: a copy of the policy's backbone.
+        ref_model_path: what the KL is against. Default: the policy as it was at first.
+    """
+
+    reward_model_path: str | None = field(default=None, metadata={"help": "Sequence classification model: one more reward."})
+    value_model_path: str | None = field(default=None, metadata={"help": "Classification model (default: like the policy)."})
+    ref_model_path: str | None = field(default=None, metadata={"help": "What the KL is against (default: the policy)."})
+
+    def models(self) -> dict[str, str | None]:
+        """Arguments of the trainer."""
+        return {"reward_model": self.reward_model_path, "value_model": self.value_model_path, "ref_model": self.ref_model_path}
 
 
 class _Parser(TrlParser):
@@ -95,9 +123,10 @@ def parse(algorithm: str, arguments: Sequence[str]) -> tuple[TrainArguments, Any
     Exits with status 2, as argparse does, where they are not understood.
     """
     config_class, _ = ALGORITHMS[algorithm]
+    arguments_class = PPOTrainArguments if issubclass(config_class, PPOConfig) else TrainArguments
     names = shipped_configs(algorithm)
     description = f"Options of TRL's GRPOConfig and ModelConfig work too. Shipped for --config: {', '.join(names)}."
-    parser = _Parser((TrainArguments, config_class, ModelConfig), prog=f"dppo train {algorithm}", description=description)
+    parser = _Parser((arguments_class, config_class, ModelConfig), prog=f"dppo train {algorithm}", description=description)
     arguments = [part for argument in arguments for part in _split_config(argument)]
     if "--config" in arguments[:-1]:
         place = arguments.index("--config") + 1
@@ -116,6 +145,9 @@ def parse(algorithm: str, arguments: Sequence[str]) -> tuple[TrainArguments, Any
         parser.error(f"--eval_strategy {config.eval_strategy.value} needs --eval_size")
     if config.eval_strategy == "no" and data.eval_size:
         parser.error(f"--eval_size {data.eval_size} takes prompts out of training: it needs --eval_strategy")
+    has_reward_model = isinstance(data, PPOTrainArguments) and data.reward_model_path is not None
+    if NO_REWARD in data.reward_funcs and (len(data.reward_funcs) > 1 or not has_reward_model):
+        parser.error(f"--reward_funcs {NO_REWARD} stands alone and needs a --reward_model_path, which PPO takes")
     return data, config, model
 
 
@@ -127,7 +159,7 @@ def _split_config(argument: str) -> list[str]:
 def train(algorithm: str, arguments: Sequence[str]) -> Any:
     """Train as told; the model goes to `output_dir`. Returns the trainer."""
     data_args, config, model_args = parse(algorithm, arguments)
-    rewards = [_reward(name, data_args) for name in data_args.reward_funcs]
+    rewards = [_reward(name, data_args) for name in data_args.reward_funcs if name != NO_REWARD]
     template = MATH_TEMPLATE if data_args.prompt_template == "math" else data_args.prompt_template
     with config.main_process_first(desc="loading prompts"):
         prompts = load_prompts(
@@ -137,6 +169,7 @@ def train(algorithm: str, arguments: Sequence[str]) -> Any:
             answer_column=data_args.answer_column,
             template=template,
             limit=data_args.dataset_limit,
+            with_answers=bool(rewards),
         )
     held_out = None
     if data_args.eval_size:
@@ -166,6 +199,7 @@ def train(algorithm: str, arguments: Sequence[str]) -> Any:
         eval_dataset=held_out if config.eval_strategy != "no" else None,
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
+        **(data_args.models() if isinstance(data_args, PPOTrainArguments) else {}),
     )
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(config.output_dir)

@@ -41,7 +41,8 @@ def generate_problems(kind: str = "mixed", size: int = 2048, seed: int = 0) -> D
     Args:
         kind: "addition" (of numbers below 100, the easiest), "arithmetic" (sums, differences and products of one or two
             operators, of numbers below 100 or of fractions),
-            "algebra" (equations, proportions, systems and quadratics with one integer solution) or "mixed" (both).
+            "algebra" (equations, proportions, systems and quadratics with one integer solution), "mixed" (both) or "uneven"
+            (additions, and for a third products of two-digit numbers, which small models do not get right).
         size: number of problems, spread evenly over the forms that `kind` has as long as they last.
         seed: int >= 0.
 
@@ -172,6 +173,7 @@ _ALGEBRA = (
     _Family(_system, (range(2, 6), range(2, 6), _DIGITS, _DIGITS, "xy")),
     _Family(_quadratic, (range(13), range(1, 21))),
 )
+_PRODUCTS = _Family(_one_operator, (_TWO_DIGITS, "*", _TWO_DIGITS))
 _ADDITION = tuple(_Family(_one_operator, (_TWO_DIGITS, "+", second)) for second in (_DIGITS, _TWO_DIGITS))
 # Small families first: what they lack is made up by larger ones.
 _KINDS = {
@@ -181,5 +183,6 @@ _KINDS = {
         "arithmetic": _ARITHMETIC,
         "algebra": _ALGEBRA,
         "mixed": (*_ARITHMETIC, *_ALGEBRA),
+        "uneven": (*_ADDITION, _PRODUCTS),
     }.items()
 }

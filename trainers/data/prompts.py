@@ -34,11 +34,11 @@ MATH_TEMPLATE = (
 _FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
 _NOT_DATA = ("dataset_info.json", "dataset_infos.json", "config.json")  # `datasets` does not read them as rows either
 _PLACEHOLDER = "{problem}"
-_GENERATED = re.compile(r"(addition|arithmetic|algebra|mixed)(:\d+){0,2}")
+_GENERATED = re.compile(r"(addition|arithmetic|algebra|mixed|uneven)(:\d+){0,2}")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _ACCEPTED = (
     "an existing .parquet, .json or .jsonl file, a glob of them, a folder, a hub id 'owner/name', "
-    "or addition, arithmetic, algebra or mixed with an optional size and seed such as 'mixed:4096:1'"
+    "or addition, arithmetic, algebra, mixed or uneven with an optional size and seed such as 'mixed:4096:1'"
 )
 _BATCH = 10_000
 # As they were written: 0.1 in float32 is not 0.10000000149011612.
@@ -58,16 +58,18 @@ def load_prompts(
     answer_column: str | None = None,
     template: str | None = None,
     limit: int | None = None,
+    with_answers: bool = True,
 ) -> Dataset:
-    """Load distinct prompts with their gold answers.
+    """Load distinct prompts with their gold answers, or alone.
 
     Rows with the same prompt and answer are kept once, in order of first appearance. A prompt that comes with different
     answers is dropped: no verdict on it could be trusted.
 
     Args:
         source: a .parquet, .json or .jsonl file; a glob of files of one format; a folder of them, or one written by
-            `save_to_disk`; a hub id "owner/name"; or a generated set, "addition", "arithmetic", "algebra" or "mixed", with an
-            optional size and seed, "mixed:4096:1" (see `generate_problems`). What exists on disk comes before names and ids.
+            `save_to_disk`; a hub id "owner/name"; or a generated set, "addition", "arithmetic", "algebra", "mixed" or "uneven",
+            with an optional size and seed, "mixed:4096:1" (see `generate_problems`). What exists on disk comes before names and
+            ids.
         config: configuration of a hub dataset, such as "main" of openai/gsm8k.
         split: which split of a folder, a saved DatasetDict or a hub dataset. Everything else is one split, "train".
         answer_column: where the golds are. Default: the `ground_truth` of `reward_model` (a struct or JSON), else `answer`,
@@ -76,6 +78,7 @@ def load_prompts(
         template: text to put around each problem, which goes where `{problem}` stands: around a string prompt, or around the
             content of a chat's last user message. `MATH_TEMPLATE` asks for what the verifier reads. Default: none.
         limit: at most so many prompts, the first ones.
+        with_answers: False to read no golds, for rewards that need none: the column `answer` is then missing.
 
     Returns:
         Columns `prompt` (strings or chats) and `answer`: strings without white space around them. Of a worked solution, only
@@ -104,16 +107,20 @@ def load_prompts(
         raise TypeError(f"`limit` must be an int or None, got {type(limit).__name__}")
     if limit is not None and limit < 1:
         raise ValueError(f"`limit` must be an int >= 1, got {limit}")
-    distinct = _distinct(_load(source, config, split), source, answer_column)
+    if answer_column is not None and not with_answers:
+        raise ValueError(f"`answer_column` {answer_column!r} would not be read: `with_answers` is False")
+    rows = _load(source, config, split)
+    distinct = _distinct(rows, source, answer_column) if with_answers else _distinct_prompts(rows, source)
     kept = list(islice(distinct.items(), limit))
     is_chat = isinstance(kept[0][0], tuple)
     if any(isinstance(prompt, tuple) != is_chat for prompt, _ in kept):
         raise ValueError(f"`source` {source!r} mixes prompts that are strings with prompts that are chats")
     message = {"role": Value("string"), "content": Value("string")}
-    return Dataset.from_dict(
-        {"prompt": [_filled(prompt, template) for prompt, _ in kept], "answer": [answer for _, answer in kept]},
-        features=Features({"prompt": List(message) if is_chat else Value("string"), "answer": Value("string")}),
-    )
+    columns = {"prompt": [_filled(prompt, template) for prompt, _ in kept], "answer": [answer for _, answer in kept]}
+    features = {"prompt": List(message) if is_chat else Value("string"), "answer": Value("string")}
+    if not with_answers:
+        del columns["answer"], features["answer"]
+    return Dataset.from_dict(columns, features=Features(features))
 
 
 def _load(source: str, config: str | None, split: str) -> Dataset:
@@ -209,6 +216,23 @@ def _distinct(dataset: Dataset, source: str, answer_column: str | None) -> dict[
         _LOGGER.warning("%s: dropped %d prompts that come with different answers, such as %.200r", source, dropped, first)
     if not distinct:
         raise ValueError(f"`source` {source!r} has {len(dataset)} rows, and no prompt with a single answer among them")
+    return distinct
+
+
+def _distinct_prompts(dataset: Dataset, source: str) -> dict[_Prompt, str]:
+    """Distinct prompts in order of first appearance, with no answers."""
+    names = [name for name in PROMPT_COLUMNS if name in dataset.features]
+    if not names:
+        columns = ", ".join(dataset.column_names)
+        raise ValueError(f"`source` {source!r} must have a column {' or '.join(PROMPT_COLUMNS)}; its columns are {columns}")
+    distinct: dict[_Prompt, str] = {}
+    for row, prompt in enumerate(dataset.select_columns(names[:1]).with_format(None)[names[0]]):
+        try:
+            distinct[_as_key(prompt)] = ""
+        except ValueError as reason:
+            raise ValueError(f"`source` {source!r}: row {row} (from 0) cannot be used: {reason}") from None
+    if not distinct:
+        raise ValueError(f"`source` {source!r} has no rows")
     return distinct
 
 

@@ -137,7 +137,11 @@ def test_the_same_arguments_give_the_same_problems() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (("geometry",), ValueError, r"`kind` must be one of 'addition', 'arithmetic', 'algebra', 'mixed'; got 'geometry'"),
+        (
+            ("geometry",),
+            ValueError,
+            r"`kind` must be one of 'addition', 'arithmetic', 'algebra', 'mixed', 'uneven'; got 'geometry'",
+        ),
         (("mixed", 0), ValueError, r"`size` must be an int >= 1, got 0"),
         (("mixed", 10.0), TypeError, r"`size` must be an int, got float"),
         (("mixed", True), TypeError, r"`size` must be an int, got bool"),

@@ -490,3 +490,22 @@ def test_the_math_template_asks_for_what_the_verifier_reads() -> None:
 def test_bad_arguments_fail_before_anything_is_read(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{re.escape(message)}"):
         load_prompts(**{"source": "no such file.jsonl", **options})
+
+
+def test_prompts_alone(tmp_path) -> None:
+    """For rewards that need no gold answers, a file without any will do."""
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": text, "chosen": "x"}) + "\n" for text in ("one", "two", "one")))
+    found = load_prompts(str(file), with_answers=False, template="<{problem}>")
+    assert found.column_names == ["prompt"]
+    assert found["prompt"][:] == ["<one>", "<two>"]
+    with pytest.raises(ValueError, match="must have a column prompt or problem or question, and"):
+        load_prompts(str(file))
+    with pytest.raises(ValueError, match="`answer_column` 'chosen' would not be read"):
+        load_prompts(str(file), with_answers=False, answer_column="chosen")
+    file.write_text(json.dumps({"prompt": "one"}) + "\n" + json.dumps({"prompt": " "}) + "\n")
+    with pytest.raises(ValueError, match=r"row 1 \(from 0\) cannot be used: the prompt is empty"):
+        load_prompts(str(file), with_answers=False)
+    file.write_text(json.dumps({"text": "one"}) + "\n")
+    with pytest.raises(ValueError, match="must have a column prompt or problem or question; its columns are text"):
+        load_prompts(str(file), with_answers=False)

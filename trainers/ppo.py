@@ -1,0 +1,360 @@
+"""PPO: GRPO's rollouts and rewards, a value model, token rewards and generalised advantages (arXiv 1707.06347, 1909.08593)."""
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainerCallback
+
+from dppo_kernels import Stat, value_loss
+from dppo_kernels.trainers._trl_seam import create_model_from_path, shuffle_sequence_dict, split_tensor_dict
+from dppo_kernels.trainers.dropout import disable_dropout
+from dppo_kernels.trainers.normaliser import STEP_TOKENS, active_tokens, count_step_tokens, tokens_per_step
+from dppo_kernels.trainers.policy_trainer import PolicyTrainer
+from dppo_kernels.trainers.ppo_config import PPOConfig
+from dppo_kernels.trainers.ppo_rollout import PPORolloutMixin
+from dppo_kernels.trainers.scoring import IGNORE_INDEX
+from dppo_kernels.trainers.value_model import SharedHead, TokenValues, check_disjoint, make_value_model
+from dppo_kernels.trainers.value_optimizer import parameter_groups
+from dppo_kernels.trainers.value_state import ValueStateMixin
+
+# Logged name -> (stat, how it is read).
+PPO_METRICS = {
+    "policy/approx_kl": ("approx_kl", "mean"),
+    "policy/clip_fraction": ("clipped", "mean"),
+    "policy/ratio_mean": ("ratio", "mean"),
+    "policy/ratio_max": ("ratio", "max"),
+    "policy/ratio_deviation": ("ratio_deviation", "mean"),
+    "policy/entropy": ("entropy", "mean"),
+    "policy/ref_kl": ("ref_kl", "mean"),
+    "value/loss": ("value_loss", "mean"),
+    "value/error": ("value_error", "mean"),
+    "value/clip_fraction": ("value_clipped", "mean"),
+}
+
+
+class PPOTrainer(ValueStateMixin, PPORolloutMixin, PolicyTrainer):
+    """GRPOTrainer that trains a policy against a value model, in one optimiser.
+
+    Takes GRPOTrainer's arguments and those of TRL's removed PPOTrainer; `args` is a `PPOConfig`. The loss is PPO's clipped one
+    plus `vf_coef` times the clipped value loss, both means over the tokens of the optimiser step, over all processes.
+
+    Args:
+        model: the policy, as GRPOTrainer takes it.
+        reward_funcs: as GRPOTrainer takes them; may be left out where there is a `reward_model`.
+        args: a `PPOConfig`.
+        ref_model: a causal LM, or its path, that the KL is against. None = a copy of the policy; where that is a path or
+            `sync_ref_model` is set, loaded again from its path; under PEFT the policy without its adapter.
+        reward_model: a sequence classification model with one label, or its path; one more reward function. Where it is a model
+            and `reward_processing_classes` is not given, it reads what the policy's tokenizer writes.
+        value_model: a token or sequence classification model with one label, or its path. None = a copy of the policy's
+            backbone with a head that starts at 0; with `share_value_backbone`, a head on the policy itself.
+
+    Raises:
+        TypeError, ValueError: a model or setting that cannot be trained correctly, with the reason.
+    """
+
+    _name = "PPO"
+    _tag_names = ["trl", "ppo"]  # noqa: RUF012  (TRL's attribute, read-only)
+    _paper = {"title": "Proximal Policy Optimization Algorithms", "id": "1707.06347"}  # noqa: RUF012
+    config_class: type[PPOConfig] = PPOConfig
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: Any = None,
+        *rest: Any,
+        ref_model: Any = None,
+        reward_model: Any = None,
+        value_model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if args is None:
+            args = self.config_class(f"{self._name.lower()}-output")
+        if not isinstance(args, self.config_class):
+            raise TypeError(f"`args` must be a {self.config_class.__name__}, got {type(args).__name__}")
+        if args.share_value_backbone and value_model is not None:
+            raise ValueError("`share_value_backbone` puts the value head on the policy: `value_model` would not be used")
+        if ref_model is not None and not args.kl_coef:
+            raise ValueError("`ref_model` would not be used: `kl_coef` is 0")
+        if ref_model is not None and args.sync_ref_model:
+            raise ValueError("`sync_ref_model` moves a reference loaded from the policy's path: leave `ref_model` out")
+        peft_config = kwargs.get("peft_config", rest[7] if len(rest) > 7 else None)
+        is_plain = not isinstance(model, str) and peft_config is None and not is_peft_model(model)
+        if args.kl_coef and ref_model is None and is_plain and not args.sync_ref_model:
+            ref_model = copy.deepcopy(model)  # what it was loaded from may be another model
+        if reward_model is not None:
+            reward_funcs = _with_reward_model(reward_funcs, reward_model, rest, kwargs)
+        self._early_stopped = False  # the rest of this rollout's steps is not made
+        self._window: list[Stat] = []  # approximate KL of the micro-batches of this optimiser step
+        # TRL loads and scores a reference where `beta` is not 0; that it is in the rewards here, `args` says.
+        in_loss, args.beta = args.beta, args.beta if ref_model is not None or not args.kl_coef else args.kl_coef
+        try:
+            super().__init__(model, reward_funcs, args, *rest, **kwargs)
+        finally:
+            args.beta = in_loss
+        if ref_model is not None:
+            self._take_reference(ref_model)
+        self.beta = args.kl_coef or args.beta
+        self.stat_metrics = {**PPO_METRICS, **_divergence_metrics(self.stat_metrics, self.spec.divergence)}
+        self.kl_controller = args.kl_controller()
+        policy = self.model
+        if args.share_value_backbone:
+            width = policy.get_output_embeddings().weight.shape[1]
+            self.value_model: TokenValues | SharedHead = SharedHead(width)
+        else:
+            options = {"trust_remote_code": args.trust_remote_code, "dtype": policy.dtype}
+            self.value_model = make_value_model(value_model, policy, **options)
+            models = [("the policy", policy), ("the reference", self.ref_model)]
+            models += [
+                (f"the reward model {name!r}", f) for name, f in zip(self.reward_func_names, self.reward_funcs, strict=True)
+            ]
+            check_disjoint("value_model", self.value_model, [(n, m) for n, m in models if isinstance(m, nn.Module)])
+            if args.gradient_checkpointing:
+                self.value_model.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+        if args.disable_dropout:
+            disable_dropout(self.value_model)
+        self.value_model.to(self.accelerator.device).eval()
+        self._wrapped_values: nn.Module = self.value_model
+        self.add_callback(_AfterStep(self))
+
+    def _take_reference(self, ref_model: Any) -> None:
+        if isinstance(ref_model, str):
+            options = dict(self.args.model_init_kwargs or {})
+            options.setdefault("dtype", self.model.dtype)
+            options.setdefault("attn_implementation", self.model.config._attn_implementation)
+            options["device_map"] = None
+            ref_model = create_model_from_path(ref_model, **options)
+        own, vocab = (m.get_output_embeddings().weight.shape[0] for m in (self.model, ref_model))
+        if vocab != own:
+            raise ValueError(f"`ref_model` has a vocabulary of {vocab}, the policy one of {own}")
+        if is_peft_model(ref_model):
+            raise ValueError("`ref_model` must not have a PEFT adapter: merge it, or leave `ref_model` out")
+        check_disjoint("ref_model", ref_model, [("the policy", self.model)])
+        disable_dropout(ref_model)
+        self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+        self._install_scoring(self.ref_model)
+
+    # Rollouts
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        training, buffered = self.model.training, self._buffered_inputs
+        if training and buffered is not None and self._step % self.args.steps_per_generation == 0 and not self._is_first_step():
+            self._buffered_inputs = shuffled_again(buffered)  # a further pass
+        inputs = super()._prepare_inputs(generation_batch)
+        if training and self._buffered_inputs is not buffered:
+            count_step_tokens(self, self._buffered_inputs)
+        return inputs
+
+    def _is_first_step(self) -> bool:
+        """Whether the micro-step to come begins an update, with a rollout of its own."""
+        return self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+
+    @torch.no_grad()
+    def rollout_values(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Values [B, T] of a rollout's completion tokens, float32."""
+        size = self.args.per_device_train_batch_size if self.model.training else self.args.per_device_eval_batch_size
+        self.value_model.eval()
+        length = inputs["completion_ids"].shape[1]
+        ids, attention = whole_sequences(inputs)
+        parts = []
+        for rows, mask in zip(ids.split(size), attention.split(size), strict=True):
+            if isinstance(self.value_model, SharedHead):
+                nothing = rows.new_full((rows.shape[0], length), IGNORE_INDEX)
+                parts.append(self.value_model(self._score(self.model, rows, mask, nothing, with_hidden=True).hidden))
+            else:
+                with self.accelerator.autocast():
+                    parts.append(self.value_model(rows, mask, length))
+        return torch.cat(parts)
+
+    # Loss
+
+    def step_tokens(self, inputs: Mapping[str, Any]) -> Tensor:
+        return tokens_per_step(self, inputs)
+
+    def _entropy_denominator(self, inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
+        return self.step_tokens(inputs)
+
+    def scoring_options(self) -> dict[str, Any]:
+        return {"with_hidden": True} if isinstance(self.value_model, SharedHead) else {}
+
+    def finish_loss(self, loss: Tensor, scores: Any, inputs: dict[str, Any], stats: dict[str, Stat]) -> Tensor:
+        ratio, squared = stats["ratio"], stats["ratio_squared"]
+        # Linear in stats that every loss has: k3 = r - 1 - log r of the anchor's KL from the policy, and (r - 1)^2.
+        approx_kl = Stat(ratio.sum - ratio.count + stats["anchor_kl"].sum, ratio.count, ratio.max)
+        stats["approx_kl"] = approx_kl
+        stats["ratio_deviation"] = Stat(squared.sum - 2 * ratio.sum + ratio.count, ratio.count, ratio.max)
+        if self.model.training:
+            self._window.append(approx_kl)
+        if "masked" in stats:
+            stats["clipped"] = stats["masked"]
+        return self.add_value_loss(loss, scores, inputs, stats)
+
+    def add_value_loss(self, loss: Tensor, scores: Any, inputs: dict[str, Any], stats: dict[str, Stat]) -> Tensor:
+        """The coupled loss."""
+        if isinstance(self.value_model, SharedHead):
+            values = self._wrapped_values(scores.hidden)
+        else:
+            values = self._values_in_training(inputs)
+        return loss + self.args.vf_coef * self.value_term(values, inputs, stats)
+
+    def _values_in_training(self, inputs: Mapping[str, Any]) -> Tensor:
+        self.value_model.train(self.model.training)
+        ids, attention = whole_sequences(inputs)
+        with self.accelerator.autocast():
+            return self._wrapped_values(ids, attention, inputs["completion_ids"].shape[1])
+
+    def value_term(self, values: Tensor, inputs: dict[str, Any], stats: dict[str, Stat]) -> Tensor:
+        """Clipped value loss of a micro-batch, over the tokens of its optimiser step."""
+        mask, tokens = active_tokens(inputs), self.step_tokens(inputs)
+        old, returns = inputs["old_values"], inputs["returns"]
+        loss, found = value_loss(values, old, returns, mask, clip=self.args.cliprange_value, denominator=tokens)
+        stats |= {name: found[name] for name in ("value_error", "value_clipped")}
+        total = loss.detach() * tokens
+        stats["value_loss"] = Stat(total, mask.sum(), total)
+        return loss
+
+    # Steps
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        if self._is_first_step():
+            self._early_stopped = False
+        if self._early_stopped or self.skips_policy():
+            return self._skip_step(model, inputs)
+        first = self._step % self.args.gradient_accumulation_steps == 0
+        if first:
+            self._window = []
+        with self._value_sync():
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            if self._kl_exceeds_target():
+                self._early_stopped = True
+                self._drop_gradients(model)
+            self._metrics["train"]["policy/updated"].append(float(not self._early_stopped))
+        return loss
+
+    def skips_policy(self) -> bool:
+        """Whether this update leaves the policy as it is."""
+        return False
+
+    def _skip_step(self, model: Any, inputs: Any) -> Tensor:
+        """Count a micro-step, and generate where it begins an update, without a forward of the policy."""
+        model.train()
+        if self._is_first_step():
+            self._prepare_inputs(inputs)
+        self._step += 1
+        if self.accelerator.sync_gradients:
+            self._metrics["train"]["policy/updated"].append(0.0)
+        return torch.zeros((), device=self.args.device)
+
+    def _kl_exceeds_target(self) -> bool:
+        if self.args.target_kl is None:
+            return False
+        kl = torch.stack([torch.stack([stat.sum, stat.count.float()]) for stat in self._window]).sum(0)
+        total, count = self.accelerator.reduce(kl, reduction="sum").tolist()
+        return count > 0 and not total / count <= self.args.target_kl  # NaN exceeds
+
+    def _drop_gradients(self, model: Any) -> None:
+        # Optimisers pass over parameters without a gradient: weights, moments and decay stay as they are.
+        model.zero_grad(set_to_none=True)
+        self.value_model.zero_grad(set_to_none=True)
+
+    def _value_sync(self) -> Any:
+        """Gradients of a wrapped value model are averaged with the last micro-batch of a step."""
+        if isinstance(self._wrapped_values, DistributedDataParallel) and not self.accelerator.sync_gradients:
+            return self._wrapped_values.no_sync()
+        return torch.enable_grad()
+
+    def after_step(self) -> None:
+        """Called after every optimiser step, the last one of an update included, before logging and saving."""
+        self.value_model.zero_grad(set_to_none=True)  # the training loop does so for the policy alone
+
+    # Optimiser
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        self._wrap_value_model()
+        self._optimize_values(optimizer)
+        return optimizer
+
+    def _optimize_values(self, optimizer: torch.optim.Optimizer) -> None:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not any(id(p) in held for p in self.value_model.parameters()):
+            for group in parameter_groups(self, self.value_model, self.args.weight_decay):
+                optimizer.add_param_group(group)
+
+    def _wrap_value_model(self) -> None:
+        if self.accelerator.num_processes > 1 and not isinstance(self._wrapped_values, DistributedDataParallel):
+            device = self.accelerator.device
+            self._wrapped_values = DistributedDataParallel(
+                self.value_model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
+            )
+
+    def _clip_grad_norm(self, model: Any) -> Tensor:
+        return self._clip_both(model, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Tensor | None = None) -> Tensor | float:
+        return self._clip_both(model, math.inf) if grad_norm is None else grad_norm
+
+    def _clip_both(self, model: Any, limit: float) -> Tensor:
+        """Clip the norm of both models' gradients together, as one optimiser steps both; log each model's own."""
+        self.accelerator.unscale_gradients()
+        norms = []
+        for name, module in (("policy", model), ("value", self.value_model)):
+            gradients = [p.grad for p in module.parameters() if p.grad is not None]
+            norms.append(torch.nn.utils.get_total_norm(gradients).to(self.args.device))
+            if gradients:
+                self._metrics["train"][f"{name}/grad_norm"].append(norms[-1].item())
+        total = torch.linalg.vector_norm(torch.stack(norms))
+        if math.isfinite(limit):
+            for module in (model, self.value_model):
+                torch.nn.utils.clip_grads_with_norm_(module.parameters(), limit, total)
+        return total
+
+
+class _AfterStep(TrainerCallback):
+    def __init__(self, trainer: PPOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.after_step()
+
+
+def whole_sequences(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask [B, S] of prompts and completions."""
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    return ids, torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+
+
+def shuffled_again(micro_batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a rollout dealt out anew, as many a micro-batch."""
+    rollout = {}
+    for name, first in micro_batches[0].items():
+        if name == STEP_TOKENS:
+            continue
+        whole = first is None or (isinstance(first, Tensor) and first.dim() == 0)
+        rollout[name] = first if whole else torch.cat([inputs[name] for inputs in micro_batches])
+    return split_tensor_dict(shuffle_sequence_dict(rollout), len(micro_batches))
+
+
+def _divergence_metrics(of_the_loss: Mapping[str, tuple[str, str]], divergence: str | None) -> dict[str, tuple[str, str]]:
+    """What DPPO logs about its trust region and the engine, where it takes clipping's place."""
+    if divergence is None:
+        return {}
+    groups = ("divergence/", "masked/", "engine_mismatch/")
+    return {name: stat for name, stat in of_the_loss.items() if name.startswith(groups)}
+
+
+def _with_reward_model(reward_funcs: Any, reward_model: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Reward functions with the model as the last; sets its tokenizer in `kwargs` where it would not be found by a path."""
+    given = [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    processing_class = kwargs.get("processing_class", rest[2] if len(rest) > 2 else None)
+    if not isinstance(reward_model, str) and len(rest) <= 3 and kwargs.get("reward_processing_classes") is None:
+        kwargs["reward_processing_classes"] = [*[None] * len(given), processing_class]
+    return [*given, reward_model]

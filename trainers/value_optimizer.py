@@ -1,0 +1,62 @@
+"""Optimisers of a value model: parameter groups as transformers makes them, a second optimiser and its scheduler."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import get_scheduler
+
+# What optimisers that arrange parameters by themselves (GaLore, LOMO, layer-wise ones) hand over instead of parameters.
+_OWN_ARRANGEMENT = ("params", "model", "optimizer_dict")
+
+
+def parameter_groups(trainer: Any, module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters with and without weight decay, by transformers' rule; groups without any are left out."""
+    decayed = set(trainer.get_decay_parameter_names(module))
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    groups = (
+        {"params": [p for name, p in trained if name in decayed], "weight_decay": weight_decay},
+        {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0},
+    )
+    return [group for group in groups if group["params"]]
+
+
+def make_value_optimizer(trainer: Any, module: nn.Module) -> torch.optim.Optimizer:
+    """The optimiser class and options of `args.optim`, at the value model's learning rate and weight decay.
+
+    Raises:
+        ValueError: an optimiser that arranges parameters by itself; nothing to train.
+    """
+    args = trainer.args
+    rate = args.learning_rate if args.vf_learning_rate is None else args.vf_learning_rate
+    decay = args.weight_decay if args.vf_weight_decay is None else args.vf_weight_decay
+    optimizer_class, options = trainer.get_optimizer_cls_and_kwargs(_with_rate(args, rate), module)
+    if any(name in options for name in _OWN_ARRANGEMENT) or not isinstance(optimizer_class, type):
+        raise ValueError(f"`optim`={str(args.optim)!r} arranges parameters by itself, which a second optimiser cannot share")
+    groups = parameter_groups(trainer, module, decay)
+    if not groups:
+        raise ValueError("`value_model` has no parameter that requires a gradient")
+    return optimizer_class(groups, **{**options, "lr": rate})
+
+
+def make_value_scheduler(args: Any, optimizer: torch.optim.Optimizer, updates: int) -> Any:
+    """The value model's scheduler; it is stepped once a value update, of which a run has `updates`."""
+    kind = args.lr_scheduler_type if args.vf_lr_scheduler_type is None else args.vf_lr_scheduler_type
+    options = args.vf_lr_scheduler_kwargs
+    if options is None and args.vf_lr_scheduler_type is None:
+        options = args.lr_scheduler_kwargs
+    return get_scheduler(
+        kind,
+        optimizer=optimizer,
+        num_warmup_steps=args.vf_lr_warmup_updates,
+        num_training_steps=updates,
+        scheduler_specific_kwargs=options,
+    )
+
+
+def _with_rate(args: Any, rate: float) -> Any:
+    """A shallow copy with another learning rate: replacing the field would validate everything again."""
+    changed = object.__new__(type(args))
+    changed.__dict__.update(vars(args))
+    object.__setattr__(changed, "learning_rate", rate)
+    return changed
