@@ -56,6 +56,7 @@ class DecoupledPPOTrainer(PPOTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         updates = num_training_steps // (self.args.num_ppo_epochs * self.args.num_mini_batches)
+        assert self.value_optimizer is not None  # made with the policy's
         self.value_scheduler = make_value_scheduler(self.args, self.value_optimizer, self.args.count_value_updates(updates))
         return scheduler
 
@@ -74,7 +75,8 @@ class DecoupledPPOTrainer(PPOTrainer):
             self._finish_update()
 
     def _finish_update(self) -> None:
-        rollout = [{name: inputs[name] for name in _VALUE_INPUTS if name in inputs} for inputs in self._buffered_inputs]
+        buffered: list[dict[str, Any]] = self._buffered_inputs or []
+        rollout = [{name: inputs[name] for name in _VALUE_INPUTS if name in inputs} for inputs in buffered]
         due = self.args.is_value_update(self.update_count)
         metrics = self._metrics["train"]
         metrics["value/updated"].append(float(due))
