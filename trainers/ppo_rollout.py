@@ -114,7 +114,7 @@ class PPORolloutMixin(Host):
         """The table of completions shows the mean advantage of a completion's tokens."""
         means = self.accelerator.gather(advantages.sum(1) / mask.sum(1).clamp(min=1)).tolist()
         shown = self._logs["advantages"]
-        for _ in means:
+        for _ in range(min(len(means), len(shown))):  # it keeps no more than a rollout's
             shown.pop()
         shown.extend(means)
 

@@ -271,6 +271,10 @@ def test_a_further_pass_shuffles_and_keeps_every_completion(make_trainer) -> Non
             assert torch.equal(advantages, trainer.rollouts[0]["advantages"][place[tuple(ids.tolist())]])
 
 
+def mean_advantage(rollout: dict[str, Any]) -> torch.Tensor:
+    return rollout["advantages"].sum(1) / rollout["completion_mask"].sum(1)
+
+
 def test_models_as_in_trls_removed_trainer(make_trainer, model, tokenizer, prompts, tmp_path) -> None:
     """`ref_model`, `reward_model` and `value_model` by keyword, without reward functions; evaluation; what is saved."""
     model.save_pretrained(tmp_path / "start")
@@ -279,8 +283,8 @@ def test_models_as_in_trls_removed_trainer(make_trainer, model, tokenizer, promp
     args = {"ref_model": reference, "reward_model": scorer, "value_model": valuer, "reward": None}
     trainer = make_ppo(
         make_trainer,
-        eval_dataset=[{"prompt": "1+1="}, {"prompt": "12+1="}, {"prompt": "2+2="}],
-        per_device_eval_batch_size=2,
+        eval_dataset=[{"prompt": f"{i}+1="} for i in range(5, 17)],
+        per_device_eval_batch_size=12,  # more than a rollout
         eval_strategy="steps",
         eval_steps=4,
         missing_eos_penalty=0.0,
@@ -297,6 +301,7 @@ def test_models_as_in_trls_removed_trainer(make_trainer, model, tokenizer, promp
         torch.testing.assert_close(score, expected, rtol=1e-4, atol=1e-5)
     evaluated = [entry for entry in trainer.state.log_history if "eval_objective/scores" in entry]
     assert len(evaluated) == 2
+    assert trainer._logs["advantages"][-1] == pytest.approx(float(mean_advantage(trainer.rollouts[-1])[-1]), abs=1e-6)
     assert {"eval_loss", "eval_policy/entropy", "eval_value/loss", "eval_objective/kl"} <= set(evaluated[0])
     trainer.save_model(str(tmp_path / "end"))
     saved = type(valuer).from_pretrained(tmp_path / "end" / "value_model")
