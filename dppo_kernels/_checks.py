@@ -58,6 +58,23 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"`{name}` must be positive, got {value}")
 
 
+def check_not_negative(name: str, value: float) -> None:
+    check_number(name, value)
+    if value < 0:
+        raise ValueError(f"`{name}` must not be negative, got {value}")
+
+
+def check_fraction(name: str, value: float) -> None:
+    check_number(name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"`{name}` must be in [0, 1], got {value}")
+
+
+def check_count(name: str, value: object, *, least: int = 1) -> None:
+    if type(value) is not int or value < least:
+        raise ValueError(f"`{name}` must be an int of at least {least}, got {value!r}")
+
+
 def check_workspace_bytes(value: object) -> None:
     if value is not None and (type(value) is not int or value < 0):
         raise ValueError(f"`workspace_bytes` must be an int >= 0, got {value!r}")

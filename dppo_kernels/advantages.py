@@ -35,9 +35,7 @@ def group_advantages(
         raise ValueError(f"`rewards` must be [B], got {list(rewards.shape)}")
     if type(group_size) is not int or group_size < 1 or len(rewards) % group_size:
         raise ValueError(f"`group_size` must be an int that divides the {len(rewards)} rewards, got {group_size!r}")
-    _checks.check_number("eps", eps)
-    if eps < 0:
-        raise ValueError(f"`eps` must not be negative, got {eps}")
+    _checks.check_not_negative("eps", eps)
     grouped = rewards.to(stat_dtype(rewards.dtype)).view(-1, group_size)
     known = ~grouped.isnan()
     count = known.sum(1, keepdim=True)

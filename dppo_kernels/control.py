@@ -41,7 +41,7 @@ class FixedKLController:
     """
 
     def __init__(self, coef: float) -> None:
-        _check_coefficient("coef", coef)
+        _checks.check_not_negative("coef", coef)
         self.coef = float(coef)
 
     def update(self, kl: float, n: int) -> None:
@@ -72,7 +72,7 @@ class AdaptiveKLController:
     """
 
     def __init__(self, coef: float, *, target: float, horizon: int) -> None:
-        _check_coefficient("coef", coef)
+        _checks.check_not_negative("coef", coef)
         _checks.check_positive("target", target)
         _checks.check_positive("horizon", horizon)
         self.coef, self.target, self.horizon = float(coef), float(target), horizon
@@ -89,9 +89,3 @@ class AdaptiveKLController:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         self.coef = state["coef"]
-
-
-def _check_coefficient(name: str, value: float) -> None:
-    _checks.check_number(name, value)
-    if value < 0:
-        raise ValueError(f"`{name}` must not be negative, got {value}")

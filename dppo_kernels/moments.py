@@ -84,9 +84,7 @@ def whiten(
     Source: TRL's `masked_whiten`.
     """
     _check(x, mask)
-    _checks.check_number("eps", eps)
-    if eps < 0:
-        raise ValueError(f"`eps` must not be negative, got {eps}")
+    _checks.check_not_negative("eps", eps)
     if moments is None:
         moments = masked_moments(x, mask)
     scaled = (x.double() - moments.mean) * whitening_scale(moments, eps)

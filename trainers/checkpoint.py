@@ -20,7 +20,10 @@ TRAINER_STATE = "trainer_state.json"
 
 
 class AtomicCheckpointMixin(Host):
-    """Put before GRPOTrainer in the bases. Killing a run at any moment leaves the checkpoints that were complete."""
+    """Put before GRPOTrainer in the bases. A run that is killed leaves the checkpoints that were complete.
+
+    (One of an earlier run at the same step is gone from the moment before the new one takes its place.)
+    """
 
     _aside = False  # whether a checkpoint is being written
     _to_push: str | None = None

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dppo_kernels import Stat
 from dppo_kernels.trainers.normaliser import count_step_tokens
-from dppo_kernels.trainers.ppo import PPOTrainer, shuffled_again
+from dppo_kernels.trainers.ppo import PPOTrainer, shuffled_again, single
 from dppo_kernels.trainers.ppo_config import DecoupledPPOConfig
 from dppo_kernels.trainers.value_optimizer import make_value_optimizer, make_value_scheduler
 from dppo_kernels.trainers.value_state import load_optimizer, save_optimizer
@@ -111,7 +111,7 @@ class DecoupledPPOTrainer(PPOTrainer):
         scaler.unscale_(optimizer)
         limit = self.args.max_grad_norm if self.args.vf_max_grad_norm is None else self.args.vf_max_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(self.value_model.parameters(), limit or float("inf"))
-        self._metrics["train"]["value/grad_norm"].append(norm.item())
+        self.record({"value_grad_norm": single(norm)})
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)

@@ -20,6 +20,12 @@ def active_tokens(inputs: Mapping[str, Any]) -> Tensor:
     return mask & inputs["tool_mask"].bool() if "tool_mask" in inputs else mask
 
 
+def whole_sequences(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask [B, S] of prompts and completions."""
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    return ids, torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+
+
 def tokens_per_window(trainer: Any, inputs: Mapping[str, Any]) -> Tensor:
     """Active tokens of the generation batch, rescaled to one accumulation window of one process."""
     tokens = inputs["num_items_in_batch"].clamp(min=1.0) / trainer.accelerator.num_processes

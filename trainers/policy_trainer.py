@@ -15,7 +15,7 @@ from dppo_kernels.trainers.dropout import check_deterministic, disable_dropout
 from dppo_kernels.trainers.loss_spec import STEP_NORMALISED
 from dppo_kernels.trainers.mismatch import MISMATCH_METRICS, MismatchMonitorMixin, fresh_stats
 from dppo_kernels.trainers.neutral_sampling import check_sampling
-from dppo_kernels.trainers.normaliser import accumulation_steps, active_tokens, own_count, tokens_per_window
+from dppo_kernels.trainers.normaliser import accumulation_steps, active_tokens, own_count, tokens_per_window, whole_sequences
 from dppo_kernels.trainers.policy_config import PolicyConfig
 from dppo_kernels.trainers.resume import ExactResumeMixin
 from dppo_kernels.trainers.rollout import RolloutCaptureMixin
@@ -188,11 +188,12 @@ class PolicyTrainer(MismatchMonitorMixin, AtomicCheckpointMixin, ExactResumeMixi
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         completion_ids, mask = inputs["completion_ids"], active_tokens(inputs)
+        input_ids, attention_mask = whole_sequences(inputs)
         score = functools.partial(
             self._score,
             model,
-            torch.cat([inputs["prompt_ids"], completion_ids], dim=1),
-            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            input_ids,
+            attention_mask,
             completion_ids.masked_fill(~mask, IGNORE_INDEX),
             scored_gather_ids=inputs.get("rollout_topk_ids"),
             **({"output_router_logits": True} if self.aux_loss_enabled else {}),

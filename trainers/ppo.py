@@ -14,11 +14,10 @@ from transformers import TrainerCallback
 from dppo_kernels import Stat, value_loss
 from dppo_kernels.trainers._trl_seam import create_model_from_path, shuffle_sequence_dict, split_tensor_dict
 from dppo_kernels.trainers.dropout import disable_dropout
-from dppo_kernels.trainers.normaliser import STEP_TOKENS, active_tokens, count_step_tokens, tokens_per_step
+from dppo_kernels.trainers.normaliser import STEP_TOKENS, active_tokens, count_step_tokens, tokens_per_step, whole_sequences
 from dppo_kernels.trainers.policy_trainer import PolicyTrainer
 from dppo_kernels.trainers.ppo_config import PPOConfig
 from dppo_kernels.trainers.ppo_rollout import PPORolloutMixin
-from dppo_kernels.trainers.scoring import IGNORE_INDEX
 from dppo_kernels.trainers.value_model import SharedHead, TokenValues, check_disjoint, make_value_model
 from dppo_kernels.trainers.value_optimizer import parameter_groups
 from dppo_kernels.trainers.value_state import ValueStateMixin
@@ -35,6 +34,8 @@ PPO_METRICS = {
     "value/loss": ("value_loss", "mean"),
     "value/error": ("value_error", "mean"),
     "value/clip_fraction": ("value_clipped", "mean"),
+    "policy/grad_norm": ("policy_grad_norm", "mean"),
+    "value/grad_norm": ("value_grad_norm", "mean"),
 }
 
 
@@ -156,23 +157,6 @@ class PPOTrainer(ValueStateMixin, PPORolloutMixin, PolicyTrainer):
         """Whether the micro-step to come begins an update, with a rollout of its own."""
         return self._step % (self.args.steps_per_generation * self.num_iterations) == 0
 
-    @torch.no_grad()
-    def rollout_values(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Values [B, T] of a rollout's completion tokens, float32."""
-        size = self.args.per_device_train_batch_size if self.model.training else self.args.per_device_eval_batch_size
-        self.value_model.eval()
-        length = inputs["completion_ids"].shape[1]
-        ids, attention = whole_sequences(inputs)
-        parts = []
-        for rows, mask in zip(ids.split(size), attention.split(size), strict=True):
-            if isinstance(self.value_model, SharedHead):
-                nothing = rows.new_full((rows.shape[0], length), IGNORE_INDEX)
-                parts.append(self.value_model(self._score(self.model, rows, mask, nothing, with_hidden=True).hidden))
-            else:
-                with self.accelerator.autocast():
-                    parts.append(self.value_model(rows, mask, length))
-        return torch.cat(parts)
-
     # Loss
 
     def step_tokens(self, inputs: Mapping[str, Any]) -> Tensor:
@@ -227,8 +211,7 @@ class PPOTrainer(ValueStateMixin, PPORolloutMixin, PolicyTrainer):
             self._early_stopped = False
         if self._early_stopped or self.skips_policy():
             return self._skip_step(model, inputs)
-        first = self._step % self.args.gradient_accumulation_steps == 0
-        if first:
+        if self._step % self.args.gradient_accumulation_steps == 0:
             self._window = []
         with self._value_sync():
             loss = super().training_step(model, inputs, num_items_in_batch)
@@ -310,7 +293,7 @@ class PPOTrainer(ValueStateMixin, PPORolloutMixin, PolicyTrainer):
             gradients = [p.grad for p in module.parameters() if p.grad is not None]
             norms.append(torch.nn.utils.get_total_norm(gradients).to(self.args.device))
             if gradients:
-                self._metrics["train"][f"{name}/grad_norm"].append(norms[-1].item())
+                self.record({f"{name}_grad_norm": single(norms[-1])})
         total = torch.linalg.vector_norm(torch.stack(norms))
         if math.isfinite(limit):
             for module in (model, self.value_model):
@@ -326,10 +309,9 @@ class _AfterStep(TrainerCallback):
         self.trainer.after_step()
 
 
-def whole_sequences(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask [B, S] of prompts and completions."""
-    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-    return ids, torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+def single(value: Tensor) -> Stat:
+    """One measurement, on its device: it is read when it is logged."""
+    return Stat(value, torch.ones_like(value), value)
 
 
 def shuffled_again(micro_batches: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -88,14 +88,16 @@ class PPOConfig(PolicyConfig):
             if getattr(self, name) != default:
                 raise ValueError(f"`{name}`={getattr(self, name)!r} is what PPO derives: set `{instead}` instead")
         for name in ("num_ppo_epochs", "num_mini_batches", "kl_horizon"):
-            check_count(name, getattr(self, name))
+            _checks.check_count(name, getattr(self, name))
         for name in ("cliprange", "cliprange_value", "kl_target", "length_adaptive_alpha", "target_kl"):
             if getattr(self, name) is not None:
                 _checks.check_positive(name, getattr(self, name))
         for name in ("gamma", "lam", "lam_value"):
-            check_share(name, getattr(self, name))
+            if getattr(self, name) is not None:
+                _checks.check_fraction(name, getattr(self, name))
         for name in ("kl_coef", "vf_coef", "missing_eos_penalty"):
-            check_not_negative(name, getattr(self, name))
+            if getattr(self, name) is not None:
+                _checks.check_not_negative(name, getattr(self, name))
         _checks.check_choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         if self.kl_coef and self.beta:
             raise ValueError("`beta` would penalise the KL to the reference a second time: leave one of it and `kl_coef` at 0")
@@ -103,6 +105,8 @@ class PPOConfig(PolicyConfig):
             raise ValueError("`kl_target` needs a `kl_coef` above 0 to start from")
         if self.target_kl is not None and self.fp16:
             raise ValueError("`target_kl` skips optimiser steps, which float16's loss scaling does not allow: use bf16")
+        if self.missing_eos_penalty and self.mask_truncated_completions:
+            raise ValueError("`mask_truncated_completions` masks what `missing_eos_penalty` would punish: choose one")
         self._refuse_ignored(_UNUSED if self.divergence_type is None else (*_UNUSED, "cliprange"))
         if self.num_generations is None:
             self.num_generations = 1
@@ -190,12 +194,12 @@ class DecoupledPPOConfig(PPOConfig):
         if self.vf_learning_rate is not None:
             _checks.check_positive("vf_learning_rate", self.vf_learning_rate)
         for name in ("num_vf_epochs", "vf_update_frequency"):
-            check_count(name, getattr(self, name))
+            _checks.check_count(name, getattr(self, name))
         for name in ("vf_pretrain_updates", "vf_lr_warmup_updates"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must be an int of at least 0, got {getattr(self, name)!r}")
+            _checks.check_count(name, getattr(self, name), least=0)
         for name in ("vf_weight_decay", "vf_max_grad_norm"):
-            check_not_negative(name, getattr(self, name))
+            if getattr(self, name) is not None:
+                _checks.check_not_negative(name, getattr(self, name))
         if self.vf_lr_scheduler_type is not None:
             _checks.check_choice("vf_lr_scheduler_type", self.vf_lr_scheduler_type, [t.value for t in SchedulerType])
         if self.share_value_backbone:
@@ -213,22 +217,3 @@ class DecoupledPPOConfig(PPOConfig):
         """Value phases among the first `updates` updates."""
         pretrained = min(updates, self.vf_pretrain_updates)
         return pretrained + updates // self.vf_update_frequency - pretrained // self.vf_update_frequency
-
-
-def check_count(name: str, value: Any) -> None:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"`{name}` must be an int of at least 1, got {value!r}")
-
-
-def check_share(name: str, value: float | None) -> None:
-    if value is not None:
-        _checks.check_number(name, value)
-        if not 0 <= value <= 1:
-            raise ValueError(f"`{name}` must be in [0, 1], got {value}")
-
-
-def check_not_negative(name: str, value: float | None) -> None:
-    if value is not None:
-        _checks.check_number(name, value)
-        if value < 0:
-            raise ValueError(f"`{name}` must not be negative, got {value}")

@@ -9,8 +9,10 @@ from torch import Tensor
 from dppo_kernels import Moments, gae, kl_estimate, length_adaptive_lambda, masked_moments, token_rewards, whiten
 from dppo_kernels.control import KLController
 from dppo_kernels.returns import explained_by_moments
-from dppo_kernels.trainers.normaliser import active_tokens
+from dppo_kernels.trainers.normaliser import active_tokens, whole_sequences
 from dppo_kernels.trainers.ppo_config import PPOConfig
+from dppo_kernels.trainers.scoring import IGNORE_INDEX
+from dppo_kernels.trainers.value_model import SharedHead, TokenValues
 
 if TYPE_CHECKING:
     from dppo_kernels.trainers._trl_seam import GRPOTrainer as Host
@@ -26,11 +28,8 @@ class PPORolloutMixin(Host):
 
     args: PPOConfig
     kl_controller: KLController
+    value_model: TokenValues | SharedHead
     update_count = 0  # rollouts for training so far
-
-    def rollout_values(self, inputs: dict[str, Any]) -> Tensor:
-        """Values [B, T] of a rollout's completion tokens."""
-        raise NotImplementedError
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self.update_count = 0
@@ -64,9 +63,10 @@ class PPORolloutMixin(Host):
             rewards = whiten(rewards, mask, shift_mean=False, moments=self.moments(rewards, mask))
         values = self.rollout_values(output)
         lam: float | Tensor = self.args.lam
+        lam_value = self.args.lam_value  # None: that of the advantages, in one sum for both
         if self.args.length_adaptive_alpha is not None:
             lam = length_adaptive_lambda(mask.sum(1), self.args.length_adaptive_alpha)
-        lam_value = self.args.lam if self.args.lam_value is None else self.args.lam_value
+            lam_value = self.args.lam if lam_value is None else lam_value
         advantages, returns = gae(rewards, values, mask, gamma=self.args.gamma, lam=lam, lam_value=lam_value)
         if self.args.whiten_advantages:
             advantages = whiten(advantages, mask, moments=self.moments(advantages, mask))
@@ -76,6 +76,26 @@ class PPORolloutMixin(Host):
         self._show_advantages(advantages, mask)
         self._log_objective(mode, output, scores, ended, unscored, kl, mask)
         return output
+
+    @torch.no_grad()
+    def rollout_values(self, inputs: dict[str, Any]) -> Tensor:
+        """Values [B, T] of a rollout's completion tokens, float32."""
+        size = self._scored_at_once()
+        self.value_model.eval()
+        length = inputs["completion_ids"].shape[1]
+        ids, attention = whole_sequences(inputs)
+        parts = []
+        for rows, mask in zip(ids.split(size), attention.split(size), strict=True):
+            if isinstance(self.value_model, SharedHead):
+                nothing = rows.new_full((rows.shape[0], length), IGNORE_INDEX)
+                parts.append(self.value_model(self._score(self.model, rows, mask, nothing, with_hidden=True).hidden))
+            else:
+                with self.accelerator.autocast():
+                    parts.append(self.value_model(rows, mask, length))
+        return torch.cat(parts)
+
+    def _scored_at_once(self) -> int:
+        return self.args.per_device_train_batch_size if self.model.training else self.args.per_device_eval_batch_size
 
     def _ended(self, output: dict[str, Any]) -> Tensor:
         """bool [B]: whether the last token of a completion is an end; where truncated ones are masked out, they did not."""
@@ -90,13 +110,9 @@ class PPORolloutMixin(Host):
             return None
         name = "sampling_per_token_logps" if self.captures_rollout else "old_per_token_logps"
         if output.get(name) is None:
-            ids, attention = (
-                torch.cat([output[f"prompt_{part}"], output[f"completion_{part}"]], dim=1) for part in ("ids", "mask")
-            )
-            size = self.args.per_device_train_batch_size if self.model.training else self.args.per_device_eval_batch_size
             with torch.no_grad():
                 output[name], _, _ = self._get_per_token_logps_and_entropies(
-                    self.model, ids, attention, mask.shape[1], batch_size=size
+                    self.model, *whole_sequences(output), mask.shape[1], batch_size=self._scored_at_once()
                 )
         kl = kl_estimate(self.args.kl_estimator, output[name].float(), output["ref_per_token_logps"].float())
         return torch.where(mask, kl, 0.0)

@@ -129,7 +129,7 @@ def make_value_model(given: Any, policy: Any, **load_options: Any) -> TokenValue
         TypeError, ValueError: as `TokenValues`; an architecture that transformers has no classifier for.
     """
     if isinstance(given, str):
-        config = AutoConfig.from_pretrained(given, num_labels=1)
+        config = AutoConfig.from_pretrained(given, num_labels=1, trust_remote_code=load_options.get("trust_remote_code"))
         return TokenValues(_classifier(config, given).from_pretrained(given, num_labels=1, **load_options))
     if given is not None:
         return TokenValues(given)
@@ -137,6 +137,10 @@ def make_value_model(given: Any, policy: Any, **load_options: Any) -> TokenValue
     config = copy.deepcopy(base.config)
     config.num_labels = 1
     classifier = _classifier(config, type(base).__name__)
+    if is_peft_model(policy) and not config._name_or_path:
+        raise ValueError(
+            "the backbone of a PEFT policy is loaded again from its path, and this one has none: pass a `value_model`"
+        )
     with torch.random.fork_rng():  # rollouts do not depend on who values them
         if is_peft_model(policy):  # its backbone holds adapters: the weights come from where it was loaded
             model = classifier.from_pretrained(config._name_or_path, num_labels=1, **load_options)

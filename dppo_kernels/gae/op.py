@@ -64,7 +64,7 @@ def gae(
     (2504.05118).
     """
     _check_arguments(rewards, values, mask, bootstrap)
-    _check_fraction("gamma", gamma)
+    _checks.check_fraction("gamma", gamma)
     for name, value in {"lam": lam, "lam_value": lam_value}.items():
         _check_lambda(name, value, mask)
     name = _backend.resolve("gae", backend, values.device, torch.promote_types(rewards.dtype, values.dtype))
@@ -133,19 +133,13 @@ def _check_arguments(rewards: Tensor, values: Tensor, mask: Tensor, bootstrap: T
         _checks.check_device(name, value, "rewards", rewards)
 
 
-def _check_fraction(name: str, value: float) -> None:
-    _checks.check_number(name, value)
-    if not 0 <= value <= 1:
-        raise ValueError(f"`{name}` must be in [0, 1], got {value}")
-
-
 def _check_lambda(name: str, value: Lambda | None, mask: Tensor) -> None:
     if isinstance(value, Tensor):
         _checks.check_floating(name, value)
         _checks.check_shape(name, value, mask.shape[:1], "[B]")
         _checks.check_device(name, value, "rewards", mask)
     elif value is not None or name == "lam":
-        _check_fraction(name, value)  # type: ignore[arg-type]
+        _checks.check_fraction(name, value)  # type: ignore[arg-type]
 
 
 def _check_range(name: str, rows: Tensor | None) -> None:

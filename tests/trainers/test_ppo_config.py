@@ -73,6 +73,7 @@ def test_controllers(make_config) -> None:
         ({"lam_value": -0.5}, r"`lam_value` must be in \[0, 1\], got -0.5"),
         ({"kl_coef": -1}, "`kl_coef` must not be negative, got -1"),
         ({"missing_eos_penalty": -1}, "`missing_eos_penalty` must not be negative"),
+        ({"missing_eos_penalty": 1.0, "mask_truncated_completions": True}, "masks what `missing_eos_penalty` would punish"),
         ({"kl_estimator": "k4"}, "`kl_estimator` must be one of 'k1', 'k2', 'k3'; got 'k4'"),
         ({"beta": 0.1}, "`beta` would penalise the KL to the reference a second time"),
         ({"kl_coef": 0.0, "kl_target": 6.0}, "`kl_target` needs a `kl_coef` above 0"),

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from dppo_kernels.trainers import PPOConfig, PPOTrainer
+from dppo_kernels.trainers import PPOTrainer
 from tests.trainers.conftest import history, reward_length, weights
 from tests.trainers.ppo_runs import make_ppo, reward_model, value_model, value_weights
 
@@ -109,6 +109,31 @@ def test_advantages_are_those_of_token_rewards(make_trainer, tokenizer) -> None:
     assert history(trainer, "objective/rlhf_reward")[1] == pytest.approx(
         history(trainer, "objective/scores")[1] + history(trainer, "objective/non_score_reward")[1], rel=1e-6
     )
+
+
+@pytest.mark.parametrize("lam_value", [None, 1.0])
+def test_lambda_by_length(make_trainer, tokenizer, lam_value: float | None) -> None:
+    """VAPO's lambda is that of the advantages; the returns keep theirs. Advantages as they are, without whitening."""
+    trainer = make_ppo(
+        make_trainer,
+        value_model=value_model(len(tokenizer)),
+        kl_coef=0.0,
+        length_adaptive_alpha=0.4,
+        lam=0.9,
+        lam_value=lam_value,
+        whiten_advantages=False,
+        max_steps=4,
+    )
+    trainer.train()
+    [x] = trainer.rollouts
+    mask = x["completion_mask"].bool()
+    lengths = mask.sum(1)
+    rewards = torch.zeros(mask.shape)
+    rewards[torch.arange(len(mask)), lengths - 1] = x["scores"]
+    expected = reference_gae(rewards, x["old_values"], mask, (1 - 1 / (0.4 * lengths)).clamp(0, 1))
+    torch.testing.assert_close(x["advantages"], expected, rtol=1e-4, atol=1e-5)
+    returns = reference_gae(rewards, x["old_values"], mask, 0.9 if lam_value is None else lam_value)
+    torch.testing.assert_close(x["returns"], returns + x["old_values"], rtol=1e-4, atol=1e-5)
 
 
 class Before(TrainerCallback):
@@ -372,8 +397,6 @@ def test_models_that_would_not_be_used_are_refused(make_trainer, given: dict[str
         make_ppo(make_trainer, **given)
 
 
-def test_the_reward_function_alone_is_enough(make_config, model, tokenizer, prompts) -> None:
-    """And `args` is checked before anything is built."""
+def test_other_configurations_are_refused(make_config, model, tokenizer, prompts) -> None:
     with pytest.raises(TypeError, match="`args` must be a PPOConfig, got DPPOConfig"):
         PPOTrainer(model, reward_length, make_config(), train_dataset=prompts, processing_class=tokenizer)
-    assert PPOTrainer.config_class is PPOConfig

@@ -95,6 +95,9 @@ def test_by_path_and_under_peft(batch, tmp_path) -> None:
     values = make_value_model(None, adapted)
     weight = values.model.base_model.layers[0].self_attn.q_proj.weight
     assert torch.equal(weight, Qwen3ForCausalLM.from_pretrained(tmp_path / "policy").model.layers[0].self_attn.q_proj.weight)
+    nowhere = get_peft_model(Qwen3ForCausalLM(small_config(VOCAB)), LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="is loaded again from its path, and this one has none: pass a `value_model`"):
+        make_value_model(None, nowhere)
     by_token = value_model(VOCAB)
     by_token.save_pretrained(tmp_path / "values")
     loaded = make_value_model(str(tmp_path / "values"), policy)
