@@ -9,6 +9,14 @@ from pathlib import Path
 from dppo_kernels._lora import LoraWeight
 from dppo_kernels.advantages import group_advantages
 from dppo_kernels.aggregate import REDUCTIONS, aggregate
+from dppo_kernels.distill import (
+    DISTILL_KINDS,
+    DistillAux,
+    distill_loss,
+    explain_linear_distill_loss,
+    linear_distill_loss,
+    topk_distill_loss,
+)
 from dppo_kernels.divergence import DIVERGENCES, divergence, trust_region_mask
 from dppo_kernels.estimators import kl_estimate, log_ratio
 from dppo_kernels.gae import Gae, gae
@@ -24,9 +32,11 @@ from dppo_kernels.value_loss import value_loss
 __version__ = "0.1.0"
 
 __all__ = [
+    "DISTILL_KINDS",
     "DIVERGENCES",
     "PRESETS",
     "REDUCTIONS",
+    "DistillAux",
     "Gae",
     "LinearLogprobs",
     "LoraWeight",
@@ -38,7 +48,9 @@ __all__ = [
     "TopKLogprobs",
     "__version__",
     "aggregate",
+    "distill_loss",
     "divergence",
+    "explain_linear_distill_loss",
     "explain_linear_logprobs",
     "explain_linear_policy_loss",
     "explained_variance",
@@ -46,6 +58,7 @@ __all__ = [
     "group_advantages",
     "kl_estimate",
     "length_adaptive_lambda",
+    "linear_distill_loss",
     "linear_logprobs",
     "linear_policy_loss",
     "log_ratio",
@@ -53,6 +66,7 @@ __all__ = [
     "policy_loss",
     "token_logprobs",
     "token_rewards",
+    "topk_distill_loss",
     "topk_logprobs",
     "trust_region_mask",
     "value_loss",

@@ -80,14 +80,15 @@ def check_workspace_bytes(value: object) -> None:
         raise ValueError(f"`workspace_bytes` must be an int >= 0, got {value!r}")
 
 
-def check_temperature(temperature: float | Tensor, ids: Tensor) -> None:
+def check_temperature(temperature: float | Tensor, like_name: str, like: Tensor) -> None:
+    """A positive number, or one per element of `like`."""
     if not isinstance(temperature, Tensor):
         check_positive("temperature", temperature)
         return
     check_floating("temperature", temperature)
     if temperature.dim():
-        check_shape("temperature", temperature, ids.shape, "one per row, ids.shape")
-    check_device("temperature", temperature, "ids", ids)
+        check_shape("temperature", temperature, like.shape, f"one per row, {like_name}.shape")
+    check_device("temperature", temperature, like_name, like)
     if temperature.requires_grad:
         raise ValueError("`temperature` is not differentiable: detach it")
 
@@ -117,8 +118,12 @@ def check_values(
     if gather_ids is not None:
         _raise_first(gather_name, gather_ids, gather_ids >= vocab, f"below {vocab} (negative = padding)")
     if row_temperature is not None:
-        bad_temperature = ~(row_temperature > 0) | row_temperature.isinf()
-        _raise_first("temperature", row_temperature, bad_temperature, "positive and finite")
+        check_row_temperature(row_temperature)
+
+
+def check_row_temperature(temperature: Tensor) -> None:
+    """A value check: see `check_values`."""
+    _raise_first("temperature", temperature, ~(temperature > 0) | temperature.isinf(), "positive and finite")
 
 
 def _raise_first(name: str, values: Tensor, bad: Tensor, expected: str) -> None:

@@ -21,22 +21,23 @@ class LoraWeight:
     b: Tensor  # [V, r]
     scale: float = 1.0
 
-    def check(self, hidden: Tensor) -> None:
+    def check(self, hidden: Tensor, prefix: str = "") -> None:
         """Raises TypeError or ValueError where `a`, `b` and `scale` do not fit the base or `hidden`."""
-        for name, value in (("weight.a", self.a), ("weight.b", self.b)):
+        weight, hidden_name = f"{prefix}weight", f"{prefix}hidden"
+        for name, value in ((f"{weight}.a", self.a), (f"{weight}.b", self.b)):
             _checks.check_floating(name, value)
-            _checks.check_device(name, value, "hidden", hidden)
+            _checks.check_device(name, value, hidden_name, hidden)
             if value.dtype != hidden.dtype and autocast_dtype(hidden.device) is None:
                 raise TypeError(
-                    f"`hidden` is {hidden.dtype} and `{name}` is {value.dtype}: cast one, or run under torch.autocast"
+                    f"`{hidden_name}` is {hidden.dtype} and `{name}` is {value.dtype}: cast one, or run under torch.autocast"
                 )
-        _checks.check_number("weight.scale", self.scale)
+        _checks.check_number(f"{weight}.scale", self.scale)
         vocab, width = self.base.shape
         rank = self.a.shape[0] if self.a.dim() else 0
-        _checks.check_shape("weight.a", self.a, (rank, width), "[r, H of `weight.base`]")
-        _checks.check_shape("weight.b", self.b, (vocab, rank), "[V of `weight.base`, r of `weight.a`]")
+        _checks.check_shape(f"{weight}.a", self.a, (rank, width), f"[r, H of `{weight}.base`]")
+        _checks.check_shape(f"{weight}.b", self.b, (vocab, rank), f"[V of `{weight}.base`, r of `{weight}.a`]")
         if rank == 0:
-            raise ValueError("`weight.a` must have at least one row, got shape [0, H]")
+            raise ValueError(f"`{weight}.a` must have at least one row, got shape [0, H]")
 
 
 def split_head(

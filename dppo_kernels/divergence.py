@@ -14,7 +14,7 @@ from dppo_kernels._numerics import log1mexp, stat_dtype
 DIVERGENCES = ("binary_tv", "binary_kl", "topk_tv", "topk_kl")
 
 # Probability left for the "other" bucket when rounding made the kept ones sum to 1 or more.
-_MIN_OTHER = 1e-12
+MIN_OTHER = 1e-12
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def divergence(
     # 1 - sum(kept) cancels: double precision keeps it as exact as the log-probs are. K+1 numbers per token, so it is cheap.
     log_m, log_p = _absent(rollout_topk_logprobs.double(), topk_valid), _absent(topk_logprobs.double(), topk_valid)
     m, p = log_m.exp(), log_p.exp()
-    other_m, other_p = ((1 - x.sum(-1)).clamp(min=_MIN_OTHER) for x in (m, p))
+    other_m, other_p = ((1 - x.sum(-1)).clamp(min=MIN_OTHER) for x in (m, p))
     if kind == "topk_tv":
         return (((m - p).abs().sum(-1) + (other_m - other_p).abs()) / 2).to(dtype)
     kept = torch.where(m > 0, m * (log_m - log_p), 0.0).sum(-1)

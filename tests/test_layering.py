@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Lower numbers know nothing of higher ones. Modules of one number may share: both references are one formula.
 FAMILIES = ("gae", "linear_logprobs", "token_logprobs")
 COMPILED = (".cpp", ".cu", ".cuh", ".h", ".inc")
-ABOVE_POLICY = ("linear_policy_loss", "value_loss")  # families made of the others: their parts share one rank
+ABOVE_POLICY = ("distill", "linear_policy_loss", "value_loss")  # families made of the others: their parts share one rank
 RANKS = {
     "_": 0,
     "reference": 1,
@@ -22,6 +22,7 @@ RANKS = {
     "projection": 1,
     "design": 2,
     "exponentials": 2,
+    "gradient_gemms": 2,
     "unit_gradient": 2,
     "kernels_unit": 2,
     "torch_impl": 2,
@@ -37,6 +38,7 @@ RANKS = {
     "policy_spec": 5,
     "surrogates": 5,
     "policy": 6,
+    "distill": 7,
     "linear_policy_loss": 7,
     "returns": 7,
     "value_loss": 7,

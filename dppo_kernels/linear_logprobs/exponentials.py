@@ -9,14 +9,14 @@ Where the id is so improbable that R could overflow, c is the row's largest logi
 chunk is then rewritten as dL/dz. A soft-cap's derivative is multiplied into e after it was summed.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dppo_kernels._row_stats import FINITE_MINUS_INF, pick_columns
-from dppo_kernels._tiling import TILE_ELEMENTS, WEIGHT_TILE_ELEMENTS, chunks
+from dppo_kernels._tiling import TILE_ELEMENTS, chunks
+from dppo_kernels.linear_logprobs.gradient_gemms import weight_tiles
 from dppo_kernels.linear_logprobs.projection import Projection
 
 # Above it, e times an entry of the head could overflow; rows there are scaled by their largest logit instead.
@@ -136,14 +136,6 @@ def gradient_operand(
         at_target = at_target * e.target_slope
     e.values.scatter_(1, e.ids[:, None], at_target[:, None])
     return e.values, slopes
-
-
-def weight_tiles(x: Projection) -> Iterator[tuple[slice, Tensor]]:
-    """(columns, the head's rows there) in the precision products accumulate in: all at once, or copies of a bounded size."""
-    vocab, width = x.weight.shape
-    copied = x.weight.dtype != x.dtype or x.compute_dtype != x.dtype
-    for cols in chunks(vocab, max(1, WEIGHT_TILE_ELEMENTS // max(width, 1)) if copied else vocab):
-        yield cols, x.weight_columns(cols)
 
 
 def _fold(

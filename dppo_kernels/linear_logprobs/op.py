@@ -475,26 +475,44 @@ def check_linear_arguments(
     softcap: float | None,
 ) -> None:
     """Checks of everything that makes logits."""
-    _checks.check_floating("hidden", hidden)
-    lora, weight = (weight, weight.base) if isinstance(weight, LoraWeight) else (None, weight)
-    _checks.check_floating("weight", weight)
     _checks.check_ids("ids", ids)
-    if weight.dim() != 2:
-        raise ValueError(f"`weight` must be [V, H], got shape {list(weight.shape)}")
-    if lora is not None:
-        lora.check(hidden)
-    _checks.check_shape("hidden", hidden, (*ids.shape, weight.shape[1]), "[*ids.shape, H of `weight`]")
-    if hidden.dtype != weight.dtype and autocast_dtype(hidden.device) is None:
-        raise TypeError(f"`hidden` is {hidden.dtype} and `weight` is {weight.dtype}: cast one, or run under torch.autocast")
-    _checks.check_device("weight", weight, "hidden", hidden)
+    check_head(hidden, weight, bias, logit_scale, softcap, lead=("ids", ids.shape))
     _checks.check_device("ids", ids, "hidden", hidden)
-    if bias is not None:
-        _checks.check_floating("bias", bias)
-        _checks.check_shape("bias", bias, weight.shape[:1], "[V]")
-        _checks.check_device("bias", bias, "hidden", hidden)
     if gather_ids is not None:
         _checks.check_gather_ids(gather_ids, ids)
-    _checks.check_temperature(temperature, ids)
-    _checks.check_number("logit_scale", logit_scale)
+    _checks.check_temperature(temperature, "ids", ids)
+
+
+def check_head(
+    hidden: Tensor,
+    weight: Tensor | LoraWeight,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    *,
+    lead: tuple[str, Sequence[int]],
+    prefix: str = "",
+) -> None:
+    """Checks of hidden states and a head; `lead` names the argument whose shape hidden begins with, `prefix` is of names."""
+    name, shape = lead
+    hidden_name, weight_name, bias_name = (f"{prefix}{part}" for part in ("hidden", "weight", "bias"))
+    _checks.check_floating(hidden_name, hidden)
+    lora, weight = (weight, weight.base) if isinstance(weight, LoraWeight) else (None, weight)
+    _checks.check_floating(weight_name, weight)
+    if weight.dim() != 2:
+        raise ValueError(f"`{weight_name}` must be [V, H], got shape {list(weight.shape)}")
+    if lora is not None:
+        lora.check(hidden, prefix)
+    _checks.check_shape(hidden_name, hidden, (*shape, weight.shape[1]), f"[*{name}.shape, H of `{weight_name}`]")
+    if hidden.dtype != weight.dtype and autocast_dtype(hidden.device) is None:
+        raise TypeError(
+            f"`{hidden_name}` is {hidden.dtype} and `{weight_name}` is {weight.dtype}: cast one, or run under torch.autocast"
+        )
+    _checks.check_device(weight_name, weight, hidden_name, hidden)
+    if bias is not None:
+        _checks.check_floating(bias_name, bias)
+        _checks.check_shape(bias_name, bias, weight.shape[:1], "[V]")
+        _checks.check_device(bias_name, bias, hidden_name, hidden)
+    _checks.check_number(f"{prefix}logit_scale", logit_scale)
     if softcap is not None:
-        _checks.check_positive("softcap", softcap)
+        _checks.check_positive(f"{prefix}softcap", softcap)

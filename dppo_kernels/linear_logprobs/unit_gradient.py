@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dppo_kernels._row_stats import Upstream
 from dppo_kernels._tiling import WEIGHT_TILE_ELEMENTS, balanced, chunks
-from dppo_kernels.linear_logprobs.exponentials import exponentials, weight_tiles
+from dppo_kernels.linear_logprobs.exponentials import exponentials
+from dppo_kernels.linear_logprobs.gradient_gemms import weight_tiles
 from dppo_kernels.linear_logprobs.projection import Projection
 
 

@@ -13,7 +13,7 @@ from dppo_kernels._tl import nonpositive
 
 LOG_RATIO_LIMIT = tl.constexpr(20.0)  # estimators.LOG_RATIO_LIMIT
 LOGPROB_CEILING = tl.constexpr(-1e-9)  # _numerics.LOGPROB_CEILING
-MIN_OTHER = tl.constexpr(1e-12)  # divergence._MIN_OTHER
+MIN_OTHER = tl.constexpr(1e-12)  # divergence.MIN_OTHER
 
 
 @triton.jit

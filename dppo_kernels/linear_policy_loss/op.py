@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dppo_kernels import _backend, _checks
+from dppo_kernels._handover import hand_over, keep_gradients
 from dppo_kernels._lora import LoraWeight, split_head
 from dppo_kernels._numerics import autocast_dtype, split_temperature, stat_dtype
 from dppo_kernels._tiling import DEFAULT_WORKSPACE_BYTES, ROW_BLOCKS, TARGET_ROWS, kind_of
@@ -410,32 +411,11 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, *others = output
     ctx.mark_non_differentiable(*others)
-    ctx.set_materialize_grads(False)  # or zeros as large as the head arrive in the backward
-    gradients = others[-5:]
-    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:5]]
-    ctx.traced = any(type(x) is not Tensor for x in gradients)
-    if ctx.traced:
-        ctx.save_for_backward(*gradients)
-    else:  # what save_for_backward holds on to is copied, not handed over, when it becomes a leaf's `.grad`
-        ctx.gradients = gradients
+    keep_gradients(ctx, inputs[:5], others[-5:])
 
 
 def _backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    constants = (None,) * 25
-    if ctx.traced:
-        scaled = [x * dloss for x in ctx.saved_tensors]
-        return (*(x.to(t) if need else None for x, t, need in zip(scaled, ctx.dtypes, ctx.needs_input_grad)), *constants)  # noqa: B905
-    if torch.is_grad_enabled():
-        raise RuntimeError("linear_policy_loss has no second derivative: compute its gradient without create_graph")
-    gradients, ctx.gradients = ctx.gradients, None
-    if gradients is None:
-        raise RuntimeError("linear_policy_loss computed its gradient in the forward and has handed it over: backward runs once")
-    given: list[Tensor | None] = []
-    for dtype, needed in zip(ctx.dtypes, ctx.needs_input_grad[:5], strict=True):
-        gradient = gradients.pop(0)
-        given.append(gradient.mul_(dloss).to(dtype) if needed else None)
-        del gradient
-    return (*given, *constants)
+    return (*hand_over(ctx, dloss, "linear_policy_loss"), *(None,) * 25)
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)

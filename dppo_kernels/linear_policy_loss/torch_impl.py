@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dppo_kernels._tiling import chunks
-from dppo_kernels.linear_logprobs.exponentials import Exponentials, Scores, exponentials, gradient_operand, weight_tiles
-from dppo_kernels.linear_logprobs.projection import Gradients, Projection
+from dppo_kernels.linear_logprobs.exponentials import Exponentials, Scores, exponentials, gradient_operand
+from dppo_kernels.linear_logprobs.gradient_gemms import accumulate_gradients
 from dppo_kernels.linear_policy_loss.rows import RowLoss, row_loss
 from dppo_kernels.linear_policy_loss.task import Result, Task
 
@@ -123,29 +123,4 @@ def _add_gradient(
     operand, factor = gradient_operand(
         e, x, dlogprobs[order], None if entropy is None else entropy[order], task.entropy_weight, rows=rows.shape[0]
     )
-    _accumulate(x, rows, operand, factor[:, None], result.gradients)
-
-
-def _accumulate(x: Projection, rows: Tensor, operand: Tensor, factor: Tensor, gradients: Gradients) -> None:
-    """The gradient GEMMs of ``factor * operand`` [n, V]: 2 n HV for each trained input."""
-    dhidden, dweight, dbias, dlow_hidden, dlow_weight = gradients
-    every = slice(0, rows.shape[0])
-    scaled = x.hidden_rows(every) * factor
-    scaled_low = scaled if x.low_rank is None else x.low_hidden_rows(every) * factor
-    dh = torch.zeros_like(scaled) if dhidden is not None else None
-    dlow = torch.zeros_like(scaled_low) if dlow_hidden is not None else None
-    for cols, w in weight_tiles(x):
-        tile = operand[:, cols]
-        if dh is not None:
-            dh.addmm_(tile, w)
-        if dweight is not None:
-            dweight[cols].addmm_(tile.t(), scaled)
-        if dbias is not None:
-            dbias[cols].addmv_(tile.t(), factor.squeeze(1))
-        if dlow is not None:
-            dlow.addmm_(tile, x.low_weight_columns(cols))
-        if dlow_weight is not None:
-            dlow_weight[cols].addmm_(tile.t(), scaled_low)
-    for out, sums in ((dhidden, dh), (dlow_hidden, dlow)):
-        if out is not None and sums is not None:
-            out[rows] = sums.mul_(factor)
+    accumulate_gradients(x, rows, operand, factor[:, None], result.gradients)

@@ -67,7 +67,7 @@ def token_logprobs(
     _checks.check_logits(logits, "ids", ids)
     if gather_ids is not None:
         _checks.check_gather_ids(gather_ids, ids)
-    _checks.check_temperature(temperature, ids)
+    _checks.check_temperature(temperature, "ids", ids)
     if isinstance(outputs, str) or (not outputs and gather_ids is None):
         raise ValueError(f"`outputs` must be a sequence naming at least one of {', '.join(OUTPUTS)}; got {outputs!r}")
     for output in outputs:
@@ -76,7 +76,7 @@ def token_logprobs(
     if inplace_backward:
         _check_inplace(logits, name)
     lead, vocab = ids.shape, logits.shape[-1]
-    row_blocks, flat_ids = _as_row_blocks(logits), ids.reshape(-1).long()
+    row_blocks, flat_ids = as_row_blocks(logits), ids.reshape(-1).long()
     flat_gather = None if gather_ids is None else gather_ids.reshape(flat_ids.shape[0], gather_ids.shape[-1]).long()
     row_temperature, scalar_temperature = split_temperature(temperature, flat_ids.shape[0], stat_dtype(logits.dtype))
     if name == "reference":
@@ -258,7 +258,7 @@ def _fold(x: Tensor) -> int | None:
     return next((i for i in range(lead + 1) if folds(range(i)) and folds(range(i, lead))), None)
 
 
-def _as_row_blocks(x: Tensor) -> Tensor:
+def as_row_blocks(x: Tensor) -> Tensor:
     """``x [..., V]`` as [A, B, V]; a view wherever there is one."""
     split = _fold(x) or 0
     return x.reshape(math.prod(x.shape[:split]), math.prod(x.shape[split:-1]), x.shape[-1])

@@ -56,7 +56,7 @@ def topk_logprobs(
     Source: DPPO (arXiv 2602.04879), A' = TopK(mu, K) + {y_t}.
     """
     _checks.check_logits(logits, "sampled_ids", sampled_ids)
-    _checks.check_temperature(temperature, sampled_ids)
+    _checks.check_temperature(temperature, "sampled_ids", sampled_ids)
     if isinstance(k, bool) or not isinstance(k, int):
         raise TypeError(f"`k` must be an int, got {type(k).__name__}")
     vocab = logits.shape[-1]

@@ -154,7 +154,7 @@ def test_shifted_and_transposed_logits_are_not_copied(view, inplace: bool) -> No
     source = torch.randn(3, 5, 11, requires_grad=True)
     logits = view(source * 1)
     ids = torch.randint(0, 11, logits.shape[:-1])
-    assert op._as_row_blocks(logits).data_ptr() == logits.data_ptr()
+    assert op.as_row_blocks(logits).data_ptr() == logits.data_ptr()
     out = token_logprobs(logits, ids, inplace_backward=inplace).logprobs
     expected = torch.log_softmax(view(source), -1).gather(-1, ids[..., None]).squeeze(-1)
     torch.testing.assert_close(out, expected)
