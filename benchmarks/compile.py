@@ -53,7 +53,7 @@ def cases(architecture: str) -> list[Case]:
             constants={**case.constants, **flags, "BLOCK_V": min(case.constants["BLOCK_V"], 128)},
         )
         for case in first
-        if case.kernel.fn.__name__ in ("linear_dlogits_kernel", "exponentials_kernel")
+        if case.kernel.fn.__name__ in ("linear_dlogits_kernel", "exponentials_kernel", "logits_kernel")
         for name, flags in {
             "bias": {"HAS_BIAS": True},
             "soft-cap": {"HAS_SOFTCAP": True},
@@ -68,7 +68,8 @@ def cases(architecture: str) -> list[Case]:
 def _cases(architecture: str, *, described: bool) -> list[Case]:
     import torch
 
-    from dppo_kernels._tiling import pick_gae_plan, pick_grad_plan, pick_lse_plan, pick_row_plan
+    from dppo_kernels._tiling import pick_comparison_plan, pick_gae_plan, pick_grad_plan, pick_lse_plan, pick_row_plan
+    from dppo_kernels.distill import kernels as distill
     from dppo_kernels.gae.kernels import gae_kernel
     from dppo_kernels.linear_logprobs import kernels, kernels_bwd, kernels_exp, kernels_unit
     from dppo_kernels.linear_logprobs.kernels_exp import ROW_BLOCK
@@ -80,7 +81,7 @@ def _cases(architecture: str, *, described: bool) -> list[Case]:
 
     capability = {"80": (8, 0), "90": (9, 0), "100": (10, 0)}.get(architecture, (8, 0))
     lse, grad = (pick(capability, torch.bfloat16, described) for pick in (pick_lse_plan, pick_grad_plan))
-    row = pick_row_plan(capability)
+    row, pair = pick_row_plan(capability), pick_comparison_plan(capability)
     bf16 = "*bf16"
 
     def operand(rows: int, cols: int) -> str:
@@ -351,6 +352,57 @@ def _cases(architecture: str, *, described: bool) -> list[Case]:
                 1,
             )
         )
+    compared = dict.fromkeys((f"{name}_ptr" for name in ("student", "teacher", "z", "sum", "teacher_max", "teacher_sum")), FP32)
+    compared |= dict.fromkeys(("divergence_ptr", "saved_ptr", "factor_ptr"), FP32)
+    compared |= {"counted_ptr": BOOL, "agrees_ptr": BOOL, "out_ptr": bf16, "beta": "fp32", "n_blocks": "i32"}
+    strides = {"stride_v": 1, "stride_teacher_v": 1}
+    blocks = padded // grad.block_v
+    found.append(
+        Case(
+            distill.logits_kernel,
+            f"{grad.block_n}x{grad.block_v}x{grad.block_h}",
+            {
+                **common,
+                **chunk,
+                **compared,
+                "hidden": operand(grad.block_n, grad.block_h),
+                "weight": operand(grad.block_v, grad.block_h),
+            },
+            {
+                **flags,
+                **tile,
+                "stride_weight_h": 1,
+                "COLS": padded,
+                "BLOCK_N": grad.block_n,
+                "BLOCK_V": grad.block_v,
+                "BLOCK_H": grad.block_h,
+            },
+            grad.num_warps,
+            grad.num_stages,
+            gemm=True,
+            multiples_of_16=(*wide, "first_row", "chunk_rows"),
+        )
+    )
+    given = {**compared, "student_ptr": bf16, "teacher_ptr": bf16}
+    for kind, (where, (types, constants)) in itertools.product(
+        ("forward_kl", "reverse_kl", "jsd", "tv"),
+        {
+            "chunk": (compared, {"PARTIALS": True, "COMPACTED": True, "TEMPERED": False, "HAS_SOFTCAP": True}),
+            "logits": (given, {"PARTIALS": False, "COMPACTED": False, "TEMPERED": True, "HAS_SOFTCAP": False}),
+        }.items(),
+    ):
+        asked = {"ENTROPY": True, "AGREEMENT": True, "BLOCK_P": 1 << (blocks - 1).bit_length(), "BLOCK_V": pair.block_v}
+        found += [
+            Case(
+                kernel,
+                f"{kind}, {where}, {pair.block_v}",
+                {**common, **chunk, **finished, **types},
+                {**strides, **constants, **asked, "KIND": kind},
+                pair.num_warps,
+                multiples_of_16=(*wide, "COLS", "stride_teacher_a", "stride_teacher_b"),
+            )
+            for kernel in (distill.divergence_row_kernel, distill.divergence_gradient_kernel)
+        ]
     values = {f"{name}_ptr": FP32 for name in ("rewards", "values", "bootstrap", "decay", "decay_value", "moments", "returns")}
     values |= {f"{name}_ptr": FP32 for name in ("old_values", "weight", "dvalues", "partials")}
     values |= {"advantages_ptr": FP32, "mask_ptr": BOOL, "gamma": "fp32", "clip": "fp32"}

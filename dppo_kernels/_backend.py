@@ -22,8 +22,8 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "linear_policy_loss": ("triton", "torch", "reference"),
     "gae": ("triton", "cpp", "torch", "reference"),
     "value_loss": ("triton", "torch", "reference"),
-    "linear_distill_loss": ("torch", "reference"),
-    "distill_loss": ("torch", "reference"),
+    "linear_distill_loss": ("triton", "torch", "reference"),
+    "distill_loss": ("triton", "torch", "reference"),
 }
 
 _REDUCED = (torch.float32, torch.bfloat16, torch.float16)

@@ -138,6 +138,12 @@ def pick_row_plan(capability: tuple[int, int] | None) -> RowPlan:
     return RowPlan(64, 4) if capability is None else RowPlan(4096, 8)
 
 
+def pick_comparison_plan(capability: tuple[int, int] | None) -> RowPlan:
+    """Of two models' logits beside each other: half as many of each, or the JSD's logarithms cost 180 registers a thread."""
+    plan = pick_row_plan(capability)
+    return plan if capability is None else plan._replace(block_v=plan.block_v // 2)
+
+
 class GaePlan(NamedTuple):
     """Steps of a row that a program scans at one time. Nothing in it depends on the number of rows."""
 

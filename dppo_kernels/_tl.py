@@ -163,3 +163,12 @@ def expm1_nonpositive(x):
     """``exp(x) - 1`` for x <= 0, accurate in relative terms near 0 as well."""
     t = tanh(x / 2)
     return 2 * t / (1 - t)
+
+
+@triton.jit
+def log1p_nonpositive(x):
+    """``log(1 + x)`` for -1 <= x <= 0, accurate in relative terms near 0 as well."""
+    s = x / (2 + x)
+    s2 = s * s
+    small = 2 * s * (1 + s2 * (1 / 3 + s2 * (1 / 5 + s2 * (1 / 7 + s2 * (1 / 9)))))
+    return tl.where(x > -0.25, small, tl.log(1 + x))

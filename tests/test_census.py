@@ -116,5 +116,8 @@ def test_every_kernel_runs_in_the_interpreter() -> None:
         dppo_kernels.linear_policy_loss(*leaves[:2], *batch, spec=spec, bias=leaves[2], backend="triton")
         tokens = (torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool))
         returns = dppo_kernels.gae(*tokens, backend="triton").returns
+        other = dppo_kernels.distill_loss(logits, logits.detach(), batch[3], backend="triton")[0]
+        other.backward()
+        dppo_kernels.linear_distill_loss(*leaves[:2], hidden, weight, batch[3], student_bias=leaves[2], backend="triton")
         dppo_kernels.value_loss(tokens[0], None, returns, tokens[2], backend="triton")
     assert set(work.launches) == kernels

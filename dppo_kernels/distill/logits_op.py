@@ -118,6 +118,10 @@ def _reference(student: Tensor, teacher: Tensor, mask: Tensor, temperature: floa
 
 
 def _implementation(backend: str) -> ModuleType:
+    if backend == "triton":  # imported here: the package works without Triton
+        from dppo_kernels.distill import logits_triton
+
+        return logits_triton
     return logits_torch
 
 

@@ -318,6 +318,10 @@ def _op(
 
 
 def _run(task: Task, backend: str) -> Result:
+    if backend == "triton":  # imported here: the package works without Triton
+        from dppo_kernels.distill import triton_impl
+
+        return triton_impl.linear_distill_loss_fwd(task)
     return torch_impl.linear_distill_loss_fwd(task)
 
 

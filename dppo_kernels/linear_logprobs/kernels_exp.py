@@ -7,18 +7,18 @@ writes the sums of its tile; a second stage merges them in a fixed order. Rows w
 -44) are flagged, and only their blocks are projected again, scaled by their maximum: no host wait.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dppo_kernels._tiling import GradPlan, pick_grad_plan
+from dppo_kernels._tiling import GradPlan
 from dppo_kernels._tl import FINITE_MINUS_INF, project_tile, transform_logits
-from dppo_kernels._triton import INTERPRET, can_describe, capability, descriptor_obstacle, operand
+from dppo_kernels._triton import operand
 from dppo_kernels.linear_logprobs.kernels import CompactRows
-from dppo_kernels.linear_logprobs.kernels_bwd import accumulate_gemm_kernel, gemm_columns
+from dppo_kernels.linear_logprobs.kernels_gemm import ChunkGemms
 from dppo_kernels.linear_logprobs.projection import Projection
 
 LARGEST_SUM = tl.constexpr(2.0**64)
@@ -172,11 +172,8 @@ class Sums(NamedTuple):
     dot: Tensor
 
 
-class ChunkLauncher:
-    """Launches of one call that works on chunks of exponentials: sizes, tiles, partial sums.
-
-    `plan` and `descriptors` override what the device and the strides would choose.
-    """
+class ChunkLauncher(ChunkGemms):
+    """Launches of one call that works on chunks of exponentials: `ChunkGemms`, and the partial sums."""
 
     def __init__(
         self,
@@ -188,25 +185,9 @@ class ChunkLauncher:
         plan: GradPlan | None,
         descriptors: bool | None,
     ) -> None:
-        self.x = x
-        self.weight = x.weight.to(x.compute_dtype)
-        self.vocab, self.width = self.weight.shape
-        self.device = x.hidden.device
+        super().__init__(x, chunk_rows, plan=plan, descriptors=descriptors)
         self.with_dot, self.fold_slope = with_dot, fold_slope
-        aligned = torch.empty(1, self.width, dtype=x.compute_dtype, device=self.device)  # compacted rows are contiguous
-        self.described = can_describe(self.device, aligned, self.weight, wanted=descriptors)
-        chosen = pick_grad_plan(capability(self.device), x.compute_dtype, self.described, narrow=x.narrow)
-        self.plan = plan = plan or chosen
-        self.chunk_rows = triton.cdiv(min(chunk_rows, x.hidden.shape[0]), plan.block_n) * plan.block_n
-        self.cols = triton.cdiv(self.vocab, plan.block_v) * plan.block_v
-        # Kernels of an interpreter round bfloat16 wrongly, so there everything stays in fp32.
-        self.stored = torch.float32 if INTERPRET else x.compute_dtype
-        self.partials = [self.new((self.cols // plan.block_v, self.chunk_rows)) for _ in range(3)]
-        self.tile = {"DESCRIPTOR": self.described, "UPCAST": INTERPRET}
-        self.launch = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
-
-    def new(self, shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.device)
+        self.partials = [self.new((self.cols // self.plan.block_v, self.chunk_rows)) for _ in range(3)]
 
     def new_slot(self) -> Tensor:
         """Room for a chunk of exponentials."""
@@ -269,39 +250,3 @@ class ChunkLauncher:
                 num_warps=1,
             )
         return sums
-
-    def rows_gradient(self, e: Tensor, weight: Tensor, count: Tensor) -> Tensor:
-        """``e @ weight`` [chunk_rows, width of weight] in fp32; rows beyond `count` are 0."""
-        width = weight.shape[1]
-        product = torch.zeros((self.chunk_rows, width), dtype=torch.float32, device=self.device)
-        self._gemm(e, weight, product, count, self.chunk_rows, transposed=False)
-        return product
-
-    def add_weight_gradient(self, e: Tensor, rows: Tensor, out: Tensor, count: Tensor) -> None:
-        """``out [V, width] += e^T @ rows [chunk_rows, width]``, over `count` rows; `out` in fp32."""
-        self._gemm(e, rows, out, count, self.vocab, transposed=True)
-
-    def _gemm(self, e: Tensor, other: Tensor, out: Tensor, count: Tensor, m: int, *, transposed: bool) -> None:
-        plan, size, width = self.plan, self.chunk_rows, other.shape[1]
-        block_h = gemm_columns(plan, width)
-        described = self.described and descriptor_obstacle(self.device, other) is None
-        accumulate_gemm_kernel[(triton.cdiv(m, plan.gemm_m), triton.cdiv(width, block_h))](
-            operand(e, (plan.gemm_k, plan.gemm_m) if transposed else (plan.gemm_m, plan.gemm_k), described),
-            operand(other, (plan.gemm_k, block_h), described),
-            out,
-            out,
-            *(count, 0, 0, size, size, self.vocab, width),
-            *other.stride(),
-            0,
-            0,
-            TRANSPOSED=transposed,
-            FIRST=not transposed,  # rows' gradients are done with a chunk, those of the head are added up
-            LAST=False,
-            COLS=self.cols,
-            BLOCK_M=plan.gemm_m,
-            BLOCK_H=block_h,
-            BLOCK_K=plan.gemm_k,
-            DESCRIPTOR=described,
-            UPCAST=INTERPRET,
-            **self.launch,
-        )
