@@ -26,7 +26,7 @@ def console() -> Console:
 
 @pytest.mark.parametrize("name", cases.NAMES)
 def test_every_case_runs_and_says_who_is_missing(name: str, console: Console, tmp_path: Path, monkeypatch) -> None:
-    if name in cases.POLICY_LOSSES[1:]:  # seconds to compile, and the same code as in the first
+    if name in (*cases.POLICY_LOSSES[1:], *cases.DISTILLATION[1:]):  # seconds to compile, and the same code as in the first
         monkeypatch.delitem(cases.load(name).PROVIDERS, "torch.compile")
     rows = run.run_case(name, TINY, CPU, torch.float32, 2, console)
     present = {row["provider"] for row in rows}
@@ -144,6 +144,32 @@ def test_work_of_a_policy_loss_in_units_of_nhv() -> None:
         for case in [cases.load(name)]
     }
     assert list(units.values()) == [[6, 8, 8, 8, 6], [3, 5, 8, 8, 6], [4, 6, 6, 6, 4], [6, 8, 8, 8, 6]]
+
+
+def test_work_of_a_distillation_loss_in_units_of_nhv() -> None:
+    """The teacher is half as wide again: a projection of both models is 5, and a gradient 2."""
+    shape = Shape(1000, 10, 10)
+    units = {
+        name: [
+            case.work(shape, torch.float32, "forward+backward", provider)[0] / (shape.n * shape.h * shape.v)
+            for provider in (cases.OURS, "trl", "liger", "naive")
+        ]
+        for name in cases.LINEAR_DISTILL_LOSSES
+        for case in [cases.load(name)]
+    }
+    assert list(units.values()) == [[9, 14, 9, 9], [9, 14, 9, 9], [9, 19, 9, 9], [7, 12, 9, 7]]
+
+
+def test_distillation_losses_are_what_their_names_say() -> None:
+    distill = [cases.load(name) for name in cases.LINEAR_DISTILL_LOSSES]
+    inputs = [case.inputs(TINY["C1"], torch.float32, CPU) for case in distill]
+    assert [len(run.trained(x)) for x in inputs] == [2, 2, 2, 1]
+    assert [x.teacher_weight.shape for x in inputs] == [(300, 24)] * 4
+    assert [case.rows(x, 16).teacher_hidden.shape[0] for case, x in zip(distill, inputs, strict=True)] == [16] * 4
+    # Three losses of the same inputs, and one of them again.
+    losses = [case.exact(x).item() for case, x in zip(distill, inputs, strict=True)]
+    assert len(set(losses)) == 3
+    assert losses[0] == losses[3]
 
 
 def test_rounds_rotate_and_count() -> None:

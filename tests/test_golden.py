@@ -13,16 +13,19 @@ from dppo_kernels import (
     PRESETS,
     PolicyLossSpec,
     aggregate,
+    distill_loss,
     divergence,
     explained_variance,
     gae,
     group_advantages,
     kl_estimate,
+    linear_distill_loss,
     linear_policy_loss,
     masked_moments,
     policy_loss,
     token_logprobs,
     token_rewards,
+    topk_distill_loss,
     topk_logprobs,
     trust_region_mask,
     value_loss,
@@ -41,8 +44,6 @@ GOLDEN = {case["id"]: case for case in json.loads((Path(__file__).parent / "gold
 # Ids whose feature does not exist yet, with the issue that brings it.
 PENDING = {
     "s4.running_moments": 8,
-    "s4.kd_T1": 8,
-    "s4.gjsd": 8,
     "s4.lr_schedules": 8,
     "s2.dpo_losses": 9,
     "s2.completion_logp": 9,
@@ -345,6 +346,43 @@ def explained(x: dict, y: dict, dtype: torch.dtype) -> None:
     _, stats = value_loss(values, None, returns, mask)
     close(stats["value_error"].mean, y["mse"], dtype)
     close(1 - stats["value_error"].mean / moments.variance(), y["ev_old_trl(unbiased)"], dtype)
+
+
+def distillation(x: dict, dtype: torch.dtype, **options: Any) -> list[tuple[Tensor, Tensor]]:
+    """(loss, gradient of the student's logits) of every public function and backend, through heads that are the identity."""
+    student, teacher = (torch.tensor([x[f"{name}_logits"]], dtype=dtype) for name in ("student", "teacher"))
+    student.requires_grad_()
+    head, counted, every_id = torch.eye(3, dtype=dtype), torch.ones(1, dtype=torch.bool), torch.tensor([[2, 0, 1]])
+    logprobs = torch.log_softmax(teacher / options.get("temperature", 1.0), -1).gather(1, every_id)
+    found = []
+    for backend in ("torch", "reference"):
+        losses = (
+            distill_loss(student, teacher, counted, backend=backend, **options),
+            linear_distill_loss(student, head, teacher, head, counted, backend=backend, **options),
+            topk_distill_loss(student, head, every_id, logprobs, counted, backend=backend, **options),
+        )
+        found += [(loss.detach(), torch.autograd.grad(loss, student)[0]) for loss, _ in losses]
+    return found
+
+
+@golden("s4.kd_T1")
+def distillation_terms(x: dict, y: dict, dtype: torch.dtype) -> None:
+    for kind in ("forward_kl", "reverse_kl"):
+        for loss, _ in distillation(x, dtype, kind=kind, temperature=x["T"]):
+            close(loss, y[kind], dtype)
+    logp = torch.log_softmax(torch.tensor(x["teacher_logits"], dtype=dtype) / x["T"], -1)
+    for loss, grad in distillation(x, dtype, kind="forward_kl", temperature=x["T"], t_squared=True):
+        close(loss, y["forward_kl_T2"], dtype)
+        close(loss - x["T"] ** 2 * (logp.exp() * logp).sum(), y["soft_ce_T2"], dtype)  # the teacher's entropy apart
+        close(grad, [y["grad_forward_kl_T2_wrt_student_logits"]], dtype)
+
+
+@golden("s4.gjsd")
+def generalised_jsd(x: dict, y: dict, dtype: torch.dtype) -> None:
+    for name, expected in y.items():
+        beta, _, temperature = name.removeprefix("beta=").partition(",T=")
+        for loss, _ in distillation(x, dtype, kind="jsd", beta=float(beta), temperature=float(temperature or 1)):
+            close(loss, expected, dtype)
 
 
 @golden("s3.grad_accum_normaliser")

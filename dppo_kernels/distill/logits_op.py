@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from dppo_kernels import _backend, _checks
-from dppo_kernels._numerics import split_temperature, stat_dtype
+from dppo_kernels._numerics import stat_dtype
 from dppo_kernels.aggregate import reduction_weights
 from dppo_kernels.distill import logits_torch
 from dppo_kernels.distill.kinds import Kind, resolve_kind
-from dppo_kernels.distill.op import DistillAux, finish_distill_loss
+from dppo_kernels.distill.op import DistillAux, check_row_temperature, finish_distill_loss, split_counted_temperature
 from dppo_kernels.distill.reference import RowDivergence, divergence_ref
 from dppo_kernels.token_logprobs.op import as_row_blocks
 
@@ -80,9 +80,10 @@ def distill_loss(
     name = _backend.resolve("distill_loss", backend, student_logits.device, student_logits.dtype)
     weight = reduction_weights(loss_mask, "token_mean", denominator=denominator, max_length=None, dtype=dtype)
     mask = loss_mask.reshape(-1)
-    row_temperature, scalar_temperature = split_temperature(temperature, mask.shape[0], dtype)
+    row_temperature, scalar_temperature = split_counted_temperature(temperature, mask, dtype)
     row_or_scalar = scalar_temperature if row_temperature is None else row_temperature
     if name == "reference":
+        check_row_temperature(row_temperature)
         found = _reference(student_logits, teacher_logits, mask, row_or_scalar, divergence)
     else:
         found = RowDivergence(
@@ -110,7 +111,7 @@ def distill_loss(
 
 def _reference(student: Tensor, teacher: Tensor, mask: Tensor, temperature: float | Tensor, kind: Kind) -> RowDivergence:
     def rows(logits: Tensor) -> Tensor:
-        flat = logits.reshape(mask.shape[0], -1).to(stat_dtype(logits.dtype))
+        flat = logits.reshape(mask.shape[0], logits.shape[-1]).to(stat_dtype(logits.dtype))
         known = torch.where(mask[:, None], flat, 0.0)  # NaN behind the mask would stay NaN in the gradient
         return known / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
 
@@ -139,8 +140,7 @@ def _forward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rows, and what the backward of kernels needs of each: [N, 5], or nothing."""
-    if row_temperature is not None and student.device.type == "cpu":
-        _checks.check_row_temperature(torch.where(mask, row_temperature, 1.0))
+    check_row_temperature(row_temperature)
     rows, saved = _implementation(backend).distill_loss_fwd(
         student,
         teacher,

@@ -129,18 +129,20 @@ def linear_distill_loss(
     name = _backend.resolve("linear_distill_loss", backend, device, student_dtype)
     weight = reduction_weights(loss_mask, "token_mean", denominator=denominator, max_length=None, dtype=dtype)
     mask = loss_mask.reshape(-1)
-    row_temperature, scalar_temperature = split_temperature(temperature, mask.shape[0], dtype)
+    row_temperature, scalar_temperature = split_counted_temperature(temperature, mask, dtype)
     rows = student_hidden.reshape(-1, student_hidden.shape[-1])
     with torch.no_grad():
         other_rows = teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1])
         fixed = (other_rows, *split_head(teacher_weight, other_rows, mask, teacher_dtype))
     base, low_hidden, low_weight = split_head(student_weight, rows, mask, student_dtype)
     if name == "reference":
+        check_row_temperature(row_temperature)
+        rows, other_rows = (torch.where(mask[:, None], x, 0.0) for x in (rows, other_rows))  # NaN would reach the gradients
         row_or_scalar = scalar_temperature if row_temperature is None else row_temperature
         with torch.autocast(device.type, enabled=False):
             loss_sum, found = _reference(
                 _projection(
-                    torch.where(mask[:, None], rows, 0.0),  # NaN behind the mask would reach the head's gradient
+                    rows,
                     (base, low_hidden, low_weight),
                     student_bias,
                     row_or_scalar,
@@ -149,7 +151,7 @@ def linear_distill_loss(
                     student_dtype,
                 ),
                 _projection(
-                    *(fixed[0], fixed[1:], teacher_bias, row_or_scalar, teacher_logit_scale, teacher_softcap, teacher_dtype)
+                    *(other_rows, fixed[1:], teacher_bias, row_or_scalar, teacher_logit_scale, teacher_softcap, teacher_dtype)
                 ),
                 mask,
                 divergence,
@@ -189,6 +191,18 @@ def linear_distill_loss(
     return finish_distill_loss(loss_sum * weight, aux, loss_mask, return_aux)
 
 
+def split_counted_temperature(temperature: float | Tensor, mask: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, float]:
+    """`split_temperature`, with 1 in rows that do not count: 0 times whatever stands there need not be 0."""
+    row_temperature, scalar = split_temperature(temperature, mask.shape[0], dtype)
+    return (None if row_temperature is None else torch.where(mask, row_temperature, 1.0)), scalar
+
+
+def check_row_temperature(row_temperature: Tensor | None) -> None:
+    """On CPU, where it costs no sync."""
+    if row_temperature is not None and row_temperature.device.type == "cpu":
+        _checks.check_row_temperature(row_temperature)
+
+
 def finish_distill_loss(loss: Tensor, aux: DistillAux, loss_mask: Tensor, return_aux: bool) -> Any:
     """What distillation losses return."""
     values = {"divergence": aux.divergence, "student_entropy": aux.student_entropy, "agreement": aux.agrees}
@@ -221,7 +235,7 @@ def explain_linear_distill_loss(
         return "reference: autograd through a chunk of rows of both models' logits at a time"
     _checks.check_workspace_bytes(workspace_bytes)
     rows = _chunk_rows(n_rows, vocab, dtype, workspace_bytes, device, name)
-    return f"{name}: gradient in the forward, {rows} rows of both models' logits at a time: 2 n (3 H_s + H_t)"
+    return f"{name}: gradient in the forward, {rows} rows of both models' logits at a time: 2 n V (3 H_s + H_t) FLOPs"
 
 
 def _chunk_rows(
@@ -288,8 +302,7 @@ def _op(
     needs: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if row_temperature is not None and hidden.device.type == "cpu":
-        _checks.check_row_temperature(torch.where(mask, row_temperature, 1.0))
+    check_row_temperature(row_temperature)
     row_or_scalar = temperature if row_temperature is None else row_temperature
     head = (weight, low_hidden, low_weight)
     teacher_head = (teacher_weight, teacher_low_hidden, teacher_low_weight)

@@ -13,7 +13,7 @@ from dppo_kernels.distill.kinds import resolve_kind
 from dppo_kernels.distill.op import DistillAux, finish_distill_loss
 from dppo_kernels.distill.reference import divergence_of_logprobs
 from dppo_kernels.divergence import MIN_OTHER
-from dppo_kernels.linear_logprobs.op import linear_logprobs
+from dppo_kernels.linear_logprobs.op import check_head, linear_logprobs
 
 # A log-prob of an absent column; 0 times it is finite.
 _ABSENT = -1e30
@@ -79,13 +79,19 @@ def topk_distill_loss(
     _checks.check_mask("loss_mask", loss_mask)
     if loss_mask.dim() not in (1, 2):
         raise ValueError(f"`loss_mask` must be [B, T] or [N], got {list(loss_mask.shape)}")
+    lead = ("loss_mask", loss_mask.shape)
+    head = (student_hidden, student_weight, student_bias, student_logit_scale, student_softcap)
+    check_head(*head, lead=lead, prefix="student_")
     _checks.check_ids("teacher_ids", teacher_ids)
     _checks.check_floating("teacher_logprobs", teacher_logprobs)
     if teacher_ids.dim() != loss_mask.dim() + 1 or teacher_ids.shape[:-1] != loss_mask.shape or not teacher_ids.shape[-1]:
         raise ValueError(f"`teacher_ids` must be [*loss_mask.shape, K], got {list(teacher_ids.shape)}")
     _checks.check_shape("teacher_logprobs", teacher_logprobs, teacher_ids.shape, "that of `teacher_ids`")
-    for argument, value in (("teacher_logprobs", teacher_logprobs), ("loss_mask", loss_mask)):
-        _checks.check_device(argument, value, "teacher_ids", teacher_ids)
+    for argument, value in (("teacher_ids", teacher_ids), ("teacher_logprobs", teacher_logprobs), ("loss_mask", loss_mask)):
+        _checks.check_device(argument, value, "student_hidden", student_hidden)
+    if isinstance(temperature, Tensor) and temperature.dim():
+        _checks.check_temperature(temperature, "loss_mask", loss_mask)
+        temperature = torch.where(loss_mask, temperature, 1.0)
     present = (teacher_ids >= 0) & loss_mask[..., None]
     scores = linear_logprobs(
         student_hidden,

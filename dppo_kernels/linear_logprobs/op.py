@@ -104,6 +104,8 @@ def linear_logprobs(
         with torch.autocast(hidden.device.type, enabled=False):
             if hidden.device.type == "cpu" or check_values:
                 _checks.check_values(ids, gather_ids, row_temperature, weight.shape[0], ignore_index)
+            # NaN in an ignored row would reach the head's gradient.
+            hidden = torch.where((ids != ignore_index)[:, None], hidden, 0.0)
             values = linear_logprobs_ref(
                 hidden.to(compute_dtype),
                 weight.to(compute_dtype),
