@@ -72,7 +72,7 @@ class DistillPPOTrainer(DistillSetupMixin, PPOTrainer):
             raise TypeError("`student` is missing: a causal LM or its path")
         if teacher is None:
             raise TypeError("`teacher` is missing: a causal LM, its path, or an object with a method `get_teacher_logits`")
-        if kwargs.get("optimizers", (None, None)) != (None, None):
+        if kwargs.get("optimizers", rest[5] if len(rest) > 5 else (None, None)) != (None, None):
             raise ValueError("`optimizers` would go past `_setup_optimizer` and `_setup_scheduler`: override those")
         if args is None:
             args = self.config_class(f"{self._name.lower()}-output")

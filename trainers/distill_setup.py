@@ -40,7 +40,7 @@ class DistillSetupMixin(Host):
         given = args.optimizer_keywords
         taken = inspect.signature(kind).parameters
         unknown = sorted({*given} - {*taken})
-        if unknown:
+        if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
             raise ValueError(
                 f"`optimizer_kwargs` holds {unknown[0]!r}, which {kind.__name__} does not take: {', '.join(taken)}"
             )

@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+from transformers.utils import cached_file
 
 from dppo_kernels.trainers.distillation import own_logits
 from dppo_kernels.trainers.scoring import IGNORE_INDEX, logit_transform
@@ -36,12 +38,11 @@ def check_tokenizer(path: str, tokenizer: Any) -> None:
     Raises:
         ValueError: with both sizes, and a token that differs.
     """
-    try:
-        other = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError):
-        logger.warning(f"no tokenizer could be read from {path}: whether the teacher's ids mean the same was not checked")
+    # AutoTokenizer makes an empty one up where there is none.
+    if cached_file(path, TOKENIZER_CONFIG_FILE, _raise_exceptions_for_missing_entries=False) is None:
+        logger.warning(f"{path} holds no tokenizer: whether the teacher's ids mean the same was not checked")
         return
-    own, theirs = tokenizer.get_vocab(), other.get_vocab()
+    own, theirs = tokenizer.get_vocab(), AutoTokenizer.from_pretrained(path).get_vocab()
     if own != theirs:
         differs = next(token for token in [*own, *theirs] if own.get(token) != theirs.get(token))
         raise ValueError(
@@ -54,15 +55,13 @@ class Teacher:
     """What the student is compared with.
 
     Args:
-        model: a causal LM that `install_scoring` was called on, or an object with `get_teacher_logits`.
+        model: a causal LM in eval mode that `install_scoring` was called on, or an object with `get_teacher_logits`.
         vocab: V of the student.
     """
 
     def __init__(self, model: Any, vocab: int) -> None:
         self.model, self.vocab = model, vocab
         self.gives_logits = gives_logits(model)
-        if isinstance(model, nn.Module):
-            model.eval()
 
     @property
     def width(self) -> int:

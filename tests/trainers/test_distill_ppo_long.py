@@ -18,7 +18,7 @@ RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 SEEDS, STEPS, HELD_OUT = 3, 96, 512
 ROLLOUT, STEPS_PER_ROLLOUT = 256, 4
 RATE, KL_TARGET, KL_COEF, KL_HORIZON = 3e-4, 0.6, 0.3, 512
-REACHED = 0.35  # held-out accuracy that tokens are counted to
+REACHED = 0.45  # held-out accuracy that tokens are counted to; students start at a third
 SHARED = {
     "dataset_name": "addition:4096",
     "use_cpu": "true",
@@ -44,7 +44,7 @@ METHODS = {  # name -> (algorithm, options)
             "model_name_or_path": "offline",
             "teacher_model_path": "offline",
             "offline_warmup_steps": 400,
-            "offline_teacher_steps": 600,
+            "offline_teacher_steps": 450,
             "batch_size": ROLLOUT,
             "mini_batch_size": ROLLOUT // 2,
             "ppo_epochs": 2,
