@@ -300,7 +300,7 @@ def test_half_precision_and_a_head_in_float32(first_loss) -> None:
 
 
 def test_beside_other_losses(first_loss) -> None:
-    """With the value head on the student, without the fused policy loss, and with DPPO's trust region: the same distillation."""
+    """The value head on the student, no fused policy loss, DPPO's trust region: the same distillation."""
     expected = first_loss()
     for given in ({"share_value_backbone": True}, {"fused_loss": False}, {"divergence_type": "binary_tv"}):
         assert first_loss(**given) == pytest.approx(expected, rel=1e-5), given

@@ -44,7 +44,7 @@ METHODS = {  # name -> (algorithm, options)
             "model_name_or_path": "offline",
             "teacher_model_path": "offline",
             "offline_warmup_steps": 400,
-            "offline_teacher_steps": 450,
+            "offline_teacher_steps": 700,
             "batch_size": ROLLOUT,
             "mini_batch_size": ROLLOUT // 2,
             "ppo_epochs": 2,
