@@ -18,8 +18,10 @@ RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 SEEDS, STEPS, HELD_OUT = 3, 96, 512
 ROLLOUT, STEPS_PER_ROLLOUT = 256, 4
 RATE, KL_TARGET, KL_COEF, KL_HORIZON = 2e-4, 0.6, 0.3, 512
-GAIN = 0.1  # of held-out accuracy, that tokens are counted to: students of different seeds start far apart
-TOKENS = f"thousand generated tokens until {100 * GAIN:.0f} points are gained"
+# Of held-out accuracy, in points: what tokens are counted to, as students of different seeds start far apart.
+# The last is asserted; smaller ones are within the noise of an evaluation.
+GAINS = (10, 15)
+TOKENS = {gain: f"thousand generated tokens until {gain} points are gained" for gain in GAINS}
 SHARED = {
     "dataset_name": "addition:4096",
     "use_cpu": "true",
@@ -102,11 +104,15 @@ def figures(log: list[dict[str, Any]]) -> dict[str, float]:
     return {
         "right before, %": 100 * accuracy[0],
         "right after, %": 100 * accuracy[-1],
-        TOKENS: next((n for n, value in zip(written, accuracy, strict=True) if value >= accuracy[0] + GAIN), float("inf")),
+        **{name: _until(written, accuracy, accuracy[0] + gain / 100) for gain, name in TOKENS.items()},
         "thousand generated tokens in all": written[-1],
         "KL, last third, nats per completion": sum(last) / len(last),
         "KL coefficient, last": series(log, "objective/kl_coef")[1][-1],
     }
+
+
+def _until(written: list[float], accuracy: list[float], wanted: float) -> float:
+    return next((n for n, value in zip(written, accuracy, strict=True) if value >= wanted), float("inf"))
 
 
 def write_results(logs: dict[tuple[str, int], list[dict[str, Any]]], facts: str) -> dict[str, list[dict[str, float]]]:
@@ -133,9 +139,10 @@ def write_results(logs: dict[tuple[str, int], list[dict[str, Any]]], facts: str)
         for runs in by_method.values():
             values = torch.tensor([run[name] for run in runs], dtype=torch.float64)
             digits = 2 if "KL" in name else 1
-            reached = values[values.isfinite()]
-            missed = f", not by {len(values) - len(reached)} of {SEEDS}" if len(reached) < len(values) else ""
-            cells.append(f"{reached.mean():.{digits}f} ± {reached.std():.{digits}f}{missed}")
+            if name in TOKENS.values():
+                cells.append(", ".join(f"{value:.1f}" if value < float("inf") else "never" for value in values.tolist()))
+            else:
+                cells.append(f"{values.mean():.{digits}f} ± {values.std():.{digits}f}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     table = "\n".join(lines)
     (RESULTS / "distill_ppo.md").write_text(
@@ -146,7 +153,7 @@ def write_results(logs: dict[tuple[str, int], list[dict[str, Any]]], facts: str)
         f"one student per seed and take {STEPS} steps at {RATE:g}, four on each rollout of {ROLLOUT}, with an adaptive KL\n"
         f"coefficient (target {KL_TARGET:g} nats per completion, horizon {KL_HORIZON}). With a teacher: `kd_coef` .3, reverse\n"
         f"KL on the student's own rollouts. {HELD_OUT} held-out problems, answers sampled at temperature 1, every 8 steps.\n"
-        f"Mean and standard deviation over {SEEDS} seeds.\n\n{table}\n\n"
+        f"Mean and standard deviation over {SEEDS} seeds; tokens by seed.\n\n{table}\n\n"
         "![held-out accuracy, KL, its coefficient, agreement](distill_ppo.png)\n"
     )
     return by_method
@@ -159,7 +166,7 @@ def test_a_teacher_saves_tokens_and_the_kl_is_held(tmp_path: Path) -> None:
     by_method = write_results(logs, facts)
     for seed in range(SEEDS):
         taught, alone = by_method["with a teacher"][seed], by_method["without"][seed]
-        assert taught[TOKENS] < alone[TOKENS], (seed, taught, alone)
+        assert taught[TOKENS[GAINS[-1]]] < alone[TOKENS[GAINS[-1]]], (seed, taught, alone)
         for name, found in (("with a teacher", taught), ("without", alone)):
             kl = found["KL, last third, nats per completion"]
             assert abs(kl / KL_TARGET - 1) <= 0.3, (name, seed, kl)
