@@ -1,11 +1,15 @@
-"""Controllers of the KL coefficient: numbers that follow what is measured, saved with `state_dict`.
+"""Numbers that follow what is measured, saved with `state_dict`: controllers of the KL coefficient, moments of the scores.
 
-They hold Python floats and do the same arithmetic everywhere: processes that are told the same KL agree to the bit.
+They hold Python floats and do the same arithmetic everywhere: processes that are told the same numbers agree to the bit.
 """
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
 
 from dppo_kernels import _checks
+from dppo_kernels.moments import Moments, masked_moments
 
 ERROR_LIMIT = 0.2  # of the relative error that one update acts on
 
@@ -89,3 +93,113 @@ class AdaptiveKLController:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         self.coef = state["coef"]
+
+
+class BatchMoments(NamedTuple):
+    """Of the numbers that one `RunningMoments.update` took in."""
+
+    mean: float  # 0 if there were none
+    std: float  # unbiased; 0 of one number or none
+    excluded: int  # how many were NaN or infinite, and left out
+
+
+class RunningMoments:
+    """Mean and standard deviation of all numbers so far.
+
+    Source: the running scores of TRL 0.11's PPOTrainer, without their start at a count of 1e-24; batches are merged by Chan,
+    Golub & LeVeque (1979).
+    """
+
+    def __init__(self) -> None:
+        self._state = (0.0, 0.0, 0.0)  # count, mean, sum of (x - mean)^2
+
+    def _moments(self) -> Moments:
+        return Moments(*torch.tensor(self._state, dtype=torch.float64).unbind())
+
+    @property
+    def count(self) -> int:
+        """Numbers so far."""
+        return int(self._state[0])
+
+    @property
+    def mean(self) -> float:
+        """Their mean; 0 before the first."""
+        return self._state[1]
+
+    @property
+    def std(self) -> float:
+        """Their unbiased standard deviation; 0 of one number or none."""
+        return float(self._moments().variance().sqrt())
+
+    def update(self, values: Tensor) -> BatchMoments:
+        """Take in a batch; one read from its device.
+
+        Args:
+            values: [...] floating; NaN and infinities are left out, and counted.
+
+        Raises:
+            TypeError: no floating-point tensor.
+        """
+        _checks.check_floating("values", values)
+        finite = values.isfinite()
+        batch = Moments(*torch.stack([x.double() for x in masked_moments(values, finite)]).cpu().unbind())
+        count, mean, m2 = torch.stack(self._moments().merge(batch)).tolist()
+        self._state = (count, mean, m2)
+        return BatchMoments(float(batch.mean), float(batch.variance().sqrt()), values.numel() - int(batch.count))
+
+    def state_dict(self) -> dict[str, float]:
+        return dict(zip(("count", "mean", "m2"), self._state, strict=True))
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self._state = (state["count"], state["mean"], state["m2"])
+
+
+class ScoreProcessor:
+    """Scales, centres and clips scores by the moments of all scores so far, the batch at hand included.
+
+    ``clip((s - mean) / std, -c, c)``, without the mean unless `norm`. Where `std` is 0 (one score so far, or all were equal)
+    the scale is 1. What is NaN or infinite is no score: it becomes NaN and moves no moment.
+
+    Args:
+        scaling: divide by the standard deviation.
+        norm: subtract the mean first; needs `scaling`.
+        clip: c, positive. None = no clipping.
+
+    Raises:
+        TypeError, ValueError: a `clip` that is no positive number; `norm` without `scaling`, which would be ignored.
+
+    Source: `use_score_scaling`, `use_score_norm` and `score_clip` of TRL 0.11's PPOTrainer.
+    """
+
+    def __init__(self, *, scaling: bool = False, norm: bool = False, clip: float | None = None) -> None:
+        if norm and not scaling:
+            raise ValueError("`norm` would be ignored without `scaling`: set both, or neither")
+        if clip is not None:
+            _checks.check_positive("clip", clip)
+        self.scaling, self.norm, self.clip = scaling, norm, clip
+        self.moments = RunningMoments()
+
+    def __call__(self, scores: Tensor, *, update: bool = True) -> Tensor:
+        """Processed scores.
+
+        Args:
+            scores: [B] floating, of all processes.
+            update: let them move the moments first; False where scores are only measured.
+
+        Raises:
+            TypeError: no floating-point tensor.
+        """
+        _checks.check_floating("scores", scores)
+        if update:
+            self.moments.update(scores)
+        processed = torch.where(scores.isfinite(), scores, torch.nan)
+        if self.scaling:
+            centred = processed.double() - (self.moments.mean if self.norm else 0.0)
+            processed = (centred / (self.moments.std or 1.0)).to(scores.dtype)
+        return processed if self.clip is None else processed.clamp(-self.clip, self.clip)
+
+    def state_dict(self) -> dict[str, float]:
+        return self.moments.state_dict()
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.moments.load_state_dict(state)

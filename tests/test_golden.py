@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,8 +33,8 @@ from dppo_kernels import (
     whiten,
 )
 from dppo_kernels._numerics import log1mexp
-from dppo_kernels.control import AdaptiveKLController
-from dppo_kernels.trainers import DecoupledPPOConfig
+from dppo_kernels.control import AdaptiveKLController, RunningMoments, ScoreProcessor
+from dppo_kernels.trainers import DecoupledPPOConfig, DistillPPOConfig, DistillPPOTrainer
 from dppo_kernels.trainers.rewards import MathAnswerReward
 from dppo_kernels.trainers.rewards.length import soft_overlong_penalty
 from dppo_kernels.trainers.sampling import PromptStream, RefillRule, collect, judge
@@ -43,8 +44,6 @@ GOLDEN = {case["id"]: case for case in json.loads((Path(__file__).parent / "gold
 
 # Ids whose feature does not exist yet, with the issue that brings it.
 PENDING = {
-    "s4.running_moments": 8,
-    "s4.lr_schedules": 8,
     "s2.dpo_losses": 9,
     "s2.completion_logp": 9,
     "s2.seed_loss_is_not_dpo": 9,
@@ -332,6 +331,42 @@ def adaptive_kl(x: dict, y: dict, dtype: torch.dtype) -> None:
         controller.update(kl, n)
         found.append(controller.coef)
     close(torch.tensor(found, dtype=dtype), y["beta"], dtype)
+
+
+@golden("s4.running_moments")
+def running_moments(x: dict, y: dict, dtype: torch.dtype) -> None:
+    running = RunningMoments()
+    processors = {
+        "scaled": ScoreProcessor(scaling=True),
+        "normed": ScoreProcessor(scaling=True, norm=True),
+        "normed_clip1": ScoreProcessor(scaling=True, norm=True, clip=x["score_clip"]),
+    }
+    for batch, expected in zip(x["batches"], y["steps"], strict=True):
+        scores = torch.tensor(batch, dtype=dtype)
+        found = running.update(scores)
+        close(torch.tensor([found.mean, found.std], dtype=dtype), [expected["batch_mean"], expected["batch_std"]], dtype)
+        for name in ("mean", "std"):
+            close(getattr(running, name), expected[name], dtype)
+        close(running.state_dict()["m2"] / running.count, expected["var_biased"], dtype)
+        for name, processor in processors.items():
+            close(processor(scores), expected[name], dtype)
+
+
+@golden("s4.lr_schedules")
+def learning_rate_schedules(x: dict, y: dict, dtype: torch.dtype) -> None:
+    """As the trainer sets them up."""
+    for name, expected in y.items():
+        args = DistillPPOConfig(
+            use_cpu=True, bf16=False, scheduler_name=name, scheduler_kwargs={"num_warmup_steps": x["warmup"]}
+        )
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        scheduler = DistillPPOTrainer._setup_scheduler(SimpleNamespace(args=args), optimizer, x["total"])
+        found = []
+        for _ in x["steps"]:
+            found.append(scheduler.get_last_lr()[0])
+            optimizer.step()
+            scheduler.step()
+        close(torch.tensor(found, dtype=dtype), expected, dtype)
 
 
 @golden("s4.explained_variance")

@@ -6,6 +6,8 @@ if TYPE_CHECKING:
     from dppo_kernels.trainers.accelerate import accelerate_trl
     from dppo_kernels.trainers.dapo import DAPOConfig, DAPOTrainer
     from dppo_kernels.trainers.decoupled_ppo import DecoupledPPOTrainer
+    from dppo_kernels.trainers.distill_ppo import DistillPPOTrainer
+    from dppo_kernels.trainers.distill_ppo_config import DistillPPOConfig
     from dppo_kernels.trainers.dppo import DPPOConfig, DPPOTrainer
     from dppo_kernels.trainers.ppo import PPOTrainer
     from dppo_kernels.trainers.ppo_config import DecoupledPPOConfig, PPOConfig
@@ -17,6 +19,8 @@ __all__ = [
     "DPPOTrainer",
     "DecoupledPPOConfig",
     "DecoupledPPOTrainer",
+    "DistillPPOConfig",
+    "DistillPPOTrainer",
     "PPOConfig",
     "PPOTrainer",
     "accelerate_trl",
@@ -29,6 +33,8 @@ _MODULES = {
     "DPPOTrainer": "dppo",
     "DecoupledPPOConfig": "ppo_config",
     "DecoupledPPOTrainer": "decoupled_ppo",
+    "DistillPPOConfig": "distill_ppo_config",
+    "DistillPPOTrainer": "distill_ppo",
     "PPOConfig": "ppo_config",
     "PPOTrainer": "ppo",
     "accelerate_trl": "accelerate",

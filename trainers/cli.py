@@ -14,7 +14,7 @@ import torch
 from dppo_kernels import __version__, _backend
 
 PACKAGES = ("torch", "triton", "transformers", "trl", "accelerate", "datasets", "peft", "math-verify")
-TRAINERS = ("dapo", "decoupled-ppo", "dppo", "ppo")
+TRAINERS = ("dapo", "decoupled-ppo", "distill-ppo", "dppo", "ppo")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,12 +1,13 @@
 """What GRPO 1.16 divides its losses by, and the exact count of an optimiser step's tokens."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-STEP_TOKENS = "num_items_in_step"  # scalar of a micro-batch: active tokens of its optimiser step over all processes
+# Scalars of a micro-batch: tokens of its optimiser step over all processes, of completions and of what is distilled on.
+STEP_TOKENS, STEP_DISTILLED = STEP_COUNTS = ("num_items_in_step", "num_distilled_in_step")
 
 
 def accumulation_steps(trainer: Any) -> int:
@@ -41,18 +42,23 @@ def own_count(reduction: str, mask: Tensor, max_length: int) -> int | Tensor:
     return mask.shape[0] if reduction == "sequence_mean" else mask.shape[0] * max_length
 
 
-def count_step_tokens(trainer: Any, micro_batches: Sequence[dict[str, Any]]) -> None:
-    """Tell every micro-batch of a rollout how many tokens its optimiser step has over all processes.
+def count_step_tokens(
+    trainer: Any,
+    micro_batches: Sequence[dict[str, Any]],
+    name: str = STEP_TOKENS,
+    tokens_of: Callable[[Mapping[str, Any]], Tensor] = active_tokens,
+) -> None:
+    """Tell every micro-batch of a rollout, under `name`, how many tokens its optimiser step has over all processes.
 
     Only where optimiser steps do not span several rollouts: the tokens of a rollout to come are unknown.
     """
     window = trainer.args.gradient_accumulation_steps
     if len(micro_batches) % window:
         return
-    tokens = torch.stack([active_tokens(inputs).sum() for inputs in micro_batches])
+    tokens = torch.stack([tokens_of(inputs).sum() for inputs in micro_batches])
     steps = trainer.accelerator.reduce(tokens, reduction="sum").view(-1, window).sum(1)
     for i, inputs in enumerate(micro_batches):
-        inputs[STEP_TOKENS] = steps[i // window]
+        inputs[name] = steps[i // window]
 
 
 def tokens_per_step(trainer: Any, inputs: Mapping[str, Any]) -> Tensor:

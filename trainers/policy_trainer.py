@@ -197,7 +197,7 @@ class PolicyTrainer(MismatchMonitorMixin, AtomicCheckpointMixin, ExactResumeMixi
             completion_ids.masked_fill(~mask, IGNORE_INDEX),
             scored_gather_ids=inputs.get("rollout_topk_ids"),
             **({"output_router_logits": True} if self.aux_loss_enabled else {}),
-            **self.scoring_options(),
+            **self.scoring_options(inputs),
         )
         accumulation = accumulation_steps(self)
         anchor = "sampling_per_token_logps" if self.captures_rollout else "old_per_token_logps"
@@ -235,8 +235,8 @@ class PolicyTrainer(MismatchMonitorMixin, AtomicCheckpointMixin, ExactResumeMixi
         self.record(stats)
         return loss
 
-    def scoring_options(self) -> dict[str, Any]:
-        """Further keywords of the scoring forward that the loss is computed in."""
+    def scoring_options(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Further keywords of the scoring forward that the loss of these inputs is computed in."""
         return {}
 
     def finish_loss(self, loss: Tensor, scores: Any, inputs: dict[str, Any], stats: dict[str, Stat]) -> Tensor:

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,13 @@ from transformers import TrainerCallback
 from dppo_kernels import Stat, value_loss
 from dppo_kernels.trainers._trl_seam import create_model_from_path, shuffle_sequence_dict, split_tensor_dict
 from dppo_kernels.trainers.dropout import disable_dropout
-from dppo_kernels.trainers.normaliser import STEP_TOKENS, active_tokens, count_step_tokens, tokens_per_step, whole_sequences
+from dppo_kernels.trainers.normaliser import (
+    STEP_COUNTS,
+    active_tokens,
+    count_step_tokens,
+    tokens_per_step,
+    whole_sequences,
+)
 from dppo_kernels.trainers.policy_trainer import PolicyTrainer
 from dppo_kernels.trainers.ppo_config import PPOConfig
 from dppo_kernels.trainers.ppo_rollout import PPORolloutMixin
@@ -64,6 +70,7 @@ class PPOTrainer(ValueStateMixin, PPORolloutMixin, PolicyTrainer):
     _tag_names = ["trl", "ppo"]  # noqa: RUF012  (TRL's attribute, read-only)
     _paper = {"title": "Proximal Policy Optimization Algorithms", "id": "1707.06347"}  # noqa: RUF012
     config_class: type[PPOConfig] = PPOConfig
+    reference_name = "ref_model"  # the argument that a given reference came by
 
     def __init__(
         self,
@@ -105,6 +112,7 @@ class PPOTrainer(ValueStateMixin, PPORolloutMixin, PolicyTrainer):
         self.beta = args.kl_coef or args.beta
         self.stat_metrics = {**PPO_METRICS, **_divergence_metrics(self.stat_metrics, self.spec.divergence)}
         self.kl_controller = args.kl_controller()
+        self.stop_rule = self.make_stop_rule()
         policy = self.model
         if args.share_value_backbone:
             width = policy.get_output_embeddings().weight.shape[1]
@@ -126,21 +134,33 @@ class PPOTrainer(ValueStateMixin, PPORolloutMixin, PolicyTrainer):
         self.add_callback(_AfterStep(self))
 
     def _take_reference(self, ref_model: Any) -> None:
-        if isinstance(ref_model, str):
+        self.ref_model = self.take_frozen(self.reference_name, ref_model)
+        self._install_scoring(self.ref_model)
+
+    def take_frozen(self, name: str, model: Any) -> Any:
+        """A causal LM, or that of a path, that is scored but not trained: checked, without dropout, on this device.
+
+        Raises:
+            ValueError: it is over another vocabulary, has an adapter, or shares parameters with the policy.
+        """
+        if isinstance(model, str):
             options = dict(self.args.model_init_kwargs or {})
             options.setdefault("dtype", self.model.dtype)
             options.setdefault("attn_implementation", self.model.config._attn_implementation)
             options["device_map"] = None
-            ref_model = create_model_from_path(ref_model, **options)
-        own, vocab = (m.get_output_embeddings().weight.shape[0] for m in (self.model, ref_model))
+            model = create_model_from_path(model, **options)
+        own, vocab = (m.get_output_embeddings().weight.shape[0] for m in (self.model, model))
         if vocab != own:
-            raise ValueError(f"`ref_model` has a vocabulary of {vocab}, the policy one of {own}")
-        if is_peft_model(ref_model):
-            raise ValueError("`ref_model` must not have a PEFT adapter: merge it, or leave `ref_model` out")
-        check_disjoint("ref_model", ref_model, [("the policy", self.model)])
-        disable_dropout(ref_model)
-        self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
-        self._install_scoring(self.ref_model)
+            raise ValueError(f"`{name}` has a vocabulary of {vocab}, the policy one of {own}")
+        if is_peft_model(model):
+            raise ValueError(f"`{name}` must not have a PEFT adapter: merge it, or leave `{name}` out")
+        return self.freeze(name, model)
+
+    def freeze(self, name: str, model: nn.Module) -> Any:
+        """A model of any kind in eval mode, without dropout, on this device; refused if training would change it."""
+        check_disjoint(name, model, [("the policy", self.model)])
+        disable_dropout(model)
+        return self.accelerator.prepare_model(model.eval(), evaluation_mode=True)
 
     # Rollouts
 
@@ -150,8 +170,12 @@ class PPOTrainer(ValueStateMixin, PPORolloutMixin, PolicyTrainer):
             self._buffered_inputs = shuffled_again(buffered)  # a further pass
         inputs = super()._prepare_inputs(generation_batch)
         if training and self._buffered_inputs is not buffered:
-            count_step_tokens(self, self._buffered_inputs)
+            self.count_rollout(self._buffered_inputs)
         return inputs
+
+    def count_rollout(self, micro_batches: Sequence[dict[str, Any]]) -> None:
+        """Called with the micro-batches of each pass over a rollout, to write down what their losses are divided by."""
+        count_step_tokens(self, micro_batches)
 
     def _is_first_step(self) -> bool:
         """Whether the micro-step to come begins an update, with a rollout of its own."""
@@ -165,7 +189,7 @@ class PPOTrainer(ValueStateMixin, PPORolloutMixin, PolicyTrainer):
     def _entropy_denominator(self, inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
         return self.step_tokens(inputs)
 
-    def scoring_options(self) -> dict[str, Any]:
+    def scoring_options(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         return {"with_hidden": True} if isinstance(self.value_model, SharedHead) else {}
 
     def finish_loss(self, loss: Tensor, scores: Any, inputs: dict[str, Any], stats: dict[str, Stat]) -> Tensor:
@@ -216,7 +240,7 @@ class PPOTrainer(ValueStateMixin, PPORolloutMixin, PolicyTrainer):
         with self._value_sync():
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            if self._kl_exceeds_target():
+            if self._stops_here():
                 self._early_stopped = True
                 self._drop_gradients(model)
             self._metrics["train"]["policy/updated"].append(float(not self._early_stopped))
@@ -236,12 +260,17 @@ class PPOTrainer(ValueStateMixin, PPORolloutMixin, PolicyTrainer):
             self._metrics["train"]["policy/updated"].append(0.0)
         return torch.zeros((), device=self.args.device)
 
-    def _kl_exceeds_target(self) -> bool:
-        if self.args.target_kl is None:
+    def make_stop_rule(self) -> Callable[[float], bool] | None:
+        """Whether a mini-batch's KL from the rollout's policy ends the update. None: nothing does, and no KL is read."""
+        target = self.args.target_kl
+        return None if target is None else lambda kl: not kl <= target  # NaN exceeds
+
+    def _stops_here(self) -> bool:
+        if self.stop_rule is None:
             return False
         kl = torch.stack([torch.stack([stat.sum, stat.count.float()]) for stat in self._window]).sum(0)
         total, count = self.accelerator.reduce(kl, reduction="sum").tolist()
-        return count > 0 and not total / count <= self.args.target_kl  # NaN exceeds
+        return count > 0 and self.stop_rule(total / count)
 
     def _drop_gradients(self, model: Any) -> None:
         # Optimisers pass over parameters without a gradient: weights, moments and decay stay as they are.
@@ -318,7 +347,7 @@ def shuffled_again(micro_batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of a rollout dealt out anew, as many a micro-batch."""
     rollout = {}
     for name, first in micro_batches[0].items():
-        if name == STEP_TOKENS:
+        if name in STEP_COUNTS:
             continue
         whole = first is None or (isinstance(first, Tensor) and first.dim() == 0)
         rollout[name] = first if whole else torch.cat([inputs[name] for inputs in micro_batches])

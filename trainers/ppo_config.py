@@ -1,7 +1,7 @@
 """Configuration of PPO, and of PPO with decoupled policy and value optimisation."""
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import SchedulerType
 
@@ -10,12 +10,7 @@ from dppo_kernels.control import AdaptiveKLController, FixedKLController, KLCont
 from dppo_kernels.estimators import KL_ESTIMATORS
 from dppo_kernels.trainers.policy_config import PolicyConfig
 
-# Inherited options that PPO sets itself, by what the user sets instead; and those it has no use for.
-_DERIVED = {
-    "num_iterations": "num_ppo_epochs",
-    "steps_per_generation": "num_mini_batches",
-    "generation_batch_size": "num_mini_batches",
-}
+# Inherited options that PPO has no use for.
 _UNUSED = ("loss_type", "scale_rewards", "multi_objective_aggregation", "importance_sampling_level")
 
 
@@ -56,6 +51,14 @@ class PPOConfig(PolicyConfig):
     Source: PPO 1707.06347; its use on language models 1909.08593; VC-PPO 2503.01491; VAPO 2504.05118.
     """
 
+    # Inherited options that PPO sets itself, by what the user sets instead.
+    _DERIVED: ClassVar[dict[str, str]] = {
+        "num_iterations": "num_ppo_epochs",
+        "steps_per_generation": "num_mini_batches",
+        "generation_batch_size": "num_mini_batches",
+    }
+    _HORIZON: ClassVar[str] = "kl_horizon"  # the option's name
+
     num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over a rollout."})
     num_mini_batches: int = field(default=1, metadata={"help": "Optimiser steps of a pass."})
     num_generations: int | None = field(default=1, metadata={"help": "Completions per prompt."})
@@ -83,7 +86,7 @@ class PPOConfig(PolicyConfig):
     )
 
     def __post_init__(self) -> None:
-        for name, instead in _DERIVED.items():
+        for name, instead in self._DERIVED.items():
             default = next(f.default for f in fields(type(self)) if f.name == name)
             if getattr(self, name) != default:
                 raise ValueError(f"`{name}`={getattr(self, name)!r} is what PPO derives: set `{instead}` instead")
@@ -125,8 +128,8 @@ class PPOConfig(PolicyConfig):
         self.num_generations = asked
         if self.kl_target is not None and 0.2 * self.generation_batch_size >= self.kl_horizon:
             raise ValueError(
-                f"`kl_horizon`={self.kl_horizon} is too short for rollouts of {self.generation_batch_size} completions: the "
-                "coefficient could become 0"
+                f"`{self._HORIZON}`={self.kl_horizon} is too short for rollouts of {self.generation_batch_size} completions: "
+                "the coefficient could become 0"
             )
 
     def kl_controller(self) -> KLController:

@@ -39,8 +39,12 @@ class PPORolloutMixin(Host):
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         rewards = super()._calculate_rewards(*args, **kwargs)
         scores = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
-        self._scores = torch.where(rewards.isnan().all(1), torch.nan, scores)  # [B] of all processes
+        self._scores = self.process_scores(torch.where(rewards.isnan().all(1), torch.nan, scores))
         return rewards
+
+    def process_scores(self, scores: Tensor) -> Tensor:
+        """Scores [B] of all processes, the same on each and NaN where there is none, as they enter the token rewards."""
+        return scores
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         mode = "train" if self.model.training else "eval"

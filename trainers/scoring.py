@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 
 from dppo_kernels import Stat, linear_logprobs, linear_policy_loss
 from dppo_kernels.trainers._trl_seam import load_balancing_loss_func
+from dppo_kernels.trainers.distillation import compare, own_logits
 
 IGNORE_INDEX = -100
 
@@ -34,6 +35,8 @@ class ScoredOutput(ModelOutput):
     stats: dict[str, Stat] | None = None
     aux_loss: Tensor | None = None  # scalar, mixture-of-experts load balancing
     hidden: Tensor | None = None  # [B, T, H], what the head is applied to
+    distill_loss: Tensor | None = None  # scalar
+    distill_stats: dict[str, Stat] | None = None
 
 
 def logit_transform(config: PretrainedConfig) -> tuple[float | None, float]:
@@ -64,7 +67,9 @@ def install_scoring(
     The patched forward scores the last T positions of its input. `scored_ids` [B, T] are the ids at those positions (-100 =
     ignore); `scored_gather_ids` [B, T, K] are further ids to score there (negative = padding). With `policy_loss`, keyword
     arguments of `linear_policy_loss`, it returns that loss of the scored ids, its gradient computed on the way.
-    `with_hidden` adds the hidden states before the scored ids, for a value head.
+    `with_hidden` adds the hidden states before the scored ids, for a value head. With `distill`, arguments of `compare` but for
+    the student's, it adds the loss of being unlike a teacher at the scored positions, or at the last ones of other `sequences`
+    (ids and attention mask), which then run through the backbone too.
     """
     previous_forward = model.forward
     softcap, logit_scale = logit_transform(model.config)
@@ -79,24 +84,25 @@ def install_scoring(
         scored_gather_ids: Tensor | None = None,
         policy_loss: dict[str, Any] | None = None,
         with_hidden: bool = False,
+        distill: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
         if scored_ids is None:
             return previous_forward(*args, **kwargs)
-        if derive_positions and "position_ids" not in kwargs:  # models with absolute positions are wrong without it
-            kwargs["position_ids"] = (kwargs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        backbone = self.base_model(*args, **kwargs, use_cache=False)
         head = self.get_output_embeddings()
-        hidden = backbone.last_hidden_state[:, -scored_ids.shape[1] - 1 : -1].to(head.weight.device)
-        precision: Any = nullcontext()
-        if cast_lm_head_to_fp32:
-            hidden, precision = hidden.float(), torch.autocast(hidden.device.type, enabled=False)
-        transform: dict[str, Any] = {
-            "bias": head.bias,
-            "temperature": temperature,
-            "logit_scale": logit_scale,
-            "softcap": softcap,
-        }
+
+        def run_backbone(length: int, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
+            """What it returns, and the hidden states before the last `length` positions."""
+            if derive_positions and "position_ids" not in kwargs:  # models with absolute positions are wrong without it
+                kwargs["position_ids"] = (kwargs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+            backbone = self.base_model(*args, **kwargs, use_cache=False)
+            hidden = backbone.last_hidden_state[:, -length - 1 : -1].to(head.weight.device)
+            return backbone, hidden.float() if cast_lm_head_to_fp32 else hidden
+
+        backbone, hidden = run_backbone(scored_ids.shape[1], *args, **kwargs)
+        precision: Any = torch.autocast(hidden.device.type, enabled=False) if cast_lm_head_to_fp32 else nullcontext()
+        own: dict[str, Any] = {"bias": head.bias, "logit_scale": logit_scale, "softcap": softcap}
+        transform = {**own, "temperature": temperature}
         output = ScoredOutput(hidden=hidden if with_hidden else None)
         with precision:
             if policy_loss is None:
@@ -121,6 +127,19 @@ def install_scoring(
                     **transform,
                 )
                 output.logprobs, output.entropy = aux.logprobs, aux.entropy
+        if distill is not None:
+            sequences = distill.get("sequences")
+            ids, attention = sequences or (kwargs["input_ids"], kwargs["attention_mask"])
+            length = distill["loss_mask"].shape[1]
+            if hasattr(self, "get_student_logits"):
+                student = {"logits": own_logits(self.get_student_logits, ids, attention, length, head.weight.shape[0])}
+            else:
+                if sequences is not None:
+                    _, hidden = run_backbone(length, input_ids=ids, attention_mask=attention)
+                student = {"hidden": hidden, "weight": head.weight, **own}
+            with precision:
+                rest = {name: value for name, value in distill.items() if name != "sequences"}
+                output.distill_loss, output.distill_stats = compare(student, **rest)
         if kwargs.get("output_router_logits"):
             output.aux_loss = _load_balancing_loss(self.config, backbone.router_logits, kwargs.get("attention_mask"))
         return output

@@ -15,7 +15,9 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from dppo_kernels.trainers.dapo import DAPOConfig, DAPOTrainer
 from dppo_kernels.trainers.data import MATH_TEMPLATE, load_prompts, split_problems
 from dppo_kernels.trainers.decoupled_ppo import DecoupledPPOTrainer
-from dppo_kernels.trainers.demo.offline import OFFLINE_MODEL, WARMUP_STEPS, build_offline_model
+from dppo_kernels.trainers.demo.offline import EXPERT_STEPS, OFFLINE_MODEL, WARMUP_STEPS, build_offline_model
+from dppo_kernels.trainers.distill_ppo import DistillPPOTrainer
+from dppo_kernels.trainers.distill_ppo_config import DistillPPOConfig
 from dppo_kernels.trainers.dppo import DPPOConfig, DPPOTrainer
 from dppo_kernels.trainers.ppo import PPOTrainer
 from dppo_kernels.trainers.ppo_config import DecoupledPPOConfig, PPOConfig
@@ -24,6 +26,7 @@ from dppo_kernels.trainers.rewards import MathAnswerReward
 ALGORITHMS: dict[str, tuple[type[Any], type[Any]]] = {
     "dapo": (DAPOConfig, DAPOTrainer),
     "decoupled-ppo": (DecoupledPPOConfig, DecoupledPPOTrainer),
+    "distill-ppo": (DistillPPOConfig, DistillPPOTrainer),
     "dppo": (DPPOConfig, DPPOTrainer),
     "ppo": (PPOConfig, PPOTrainer),
 }
@@ -100,6 +103,28 @@ class PPOTrainArguments(TrainArguments):
         return {"reward_model": self.reward_model_path, "value_model": self.value_model_path, "ref_model": self.ref_model_path}
 
 
+@dataclass
+class DistillTrainArguments(PPOTrainArguments):
+    """`PPOTrainArguments` with a teacher.
+
+    Args:
+        teacher_model_path: a causal LM over the tokens of the one that is trained, or "offline": a wider model that imitated
+            right answers, made like the offline model. Needed.
+        offline_teacher_steps: supervised steps of the teacher that "offline" makes.
+    """
+
+    teacher_model_path: str | None = field(default=None, metadata={"help": "A causal LM, or 'offline'. Needed."})
+    offline_teacher_steps: int = field(default=EXPERT_STEPS, metadata={"help": "Of the teacher 'offline': supervised steps."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.offline_teacher_steps < 1:
+            raise ValueError(f"`offline_teacher_steps` must be at least 1, got {self.offline_teacher_steps}")
+
+    def models(self) -> dict[str, str | None]:
+        return {**super().models(), "teacher": self.teacher_model_path}
+
+
 class _Parser(TrlParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -123,7 +148,9 @@ def parse(algorithm: str, arguments: Sequence[str]) -> tuple[TrainArguments, Any
     Exits with status 2, as argparse does, where they are not understood.
     """
     config_class, _ = ALGORITHMS[algorithm]
-    arguments_class = PPOTrainArguments if issubclass(config_class, PPOConfig) else TrainArguments
+    arguments_class: type[TrainArguments] = PPOTrainArguments if issubclass(config_class, PPOConfig) else TrainArguments
+    if issubclass(config_class, DistillPPOConfig):
+        arguments_class = DistillTrainArguments
     names = shipped_configs(algorithm)
     description = f"Options of TRL's GRPOConfig and ModelConfig work too. Shipped for --config: {', '.join(names)}."
     parser = _Parser((arguments_class, config_class, ModelConfig), prog=f"dppo train {algorithm}", description=description)
@@ -141,6 +168,8 @@ def parse(algorithm: str, arguments: Sequence[str]) -> tuple[TrainArguments, Any
         parser.error(str(reason))
     if model.model_name_or_path is None:
         parser.error("--model_name_or_path is needed: a folder, a hub id or 'offline'")
+    if isinstance(data, DistillTrainArguments) and data.teacher_model_path is None:
+        parser.error("--teacher_model_path is needed: a folder, a hub id or 'offline'")
     if config.eval_strategy != "no" and not data.eval_size:
         parser.error(f"--eval_strategy {config.eval_strategy.value} needs --eval_size")
     if config.eval_strategy == "no" and data.eval_size:
@@ -175,12 +204,11 @@ def train(algorithm: str, arguments: Sequence[str]) -> Any:
     if data_args.eval_size:
         prompts, held_out = split_problems(prompts, data_args.eval_size, seed=config.seed)
     resume = _resume(config.resume_from_checkpoint)
-    model = model_args.model_name_or_path
+    model, models = model_args.model_name_or_path, data_args.models() if isinstance(data_args, PPOTrainArguments) else {}
     if model == OFFLINE_MODEL:
-        model = str(Path(config.output_dir) / "start")
-        with config.main_process_first(desc="making the offline model"):
-            if config.process_index == 0 and not resume:
-                _make_offline_model(Path(model), prompts, config.seed, data_args.offline_warmup_steps)
+        model = _offline_model("start", config, resume, prompts, data_args.offline_warmup_steps)
+    if isinstance(data_args, DistillTrainArguments) and data_args.teacher_model_path == OFFLINE_MODEL:
+        models["teacher"] = _offline_model("teacher", config, resume, prompts, data_args.offline_teacher_steps, expert=True)
     if data_args.as_chat:
         prompts = prompts.map(_as_chat)
         held_out = held_out and held_out.map(_as_chat)
@@ -199,7 +227,7 @@ def train(algorithm: str, arguments: Sequence[str]) -> Any:
         eval_dataset=held_out if config.eval_strategy != "no" else None,
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
-        **(data_args.models() if isinstance(data_args, PPOTrainArguments) else {}),
+        **models,
     )
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(config.output_dir)
@@ -237,11 +265,22 @@ def _resume(value: str | None) -> str | bool | None:
     return {"true": True, "false": None}.get(value.lower(), value) if isinstance(value, str) else value
 
 
-def _make_offline_model(folder: Path, prompts: Any, seed: int, steps: int) -> None:
+def _offline_model(name: str, config: Any, resume: Any, prompts: Any, steps: int, expert: bool = False) -> str:
+    """Where the first process makes it, unless a run that is resumed did."""
+    folder = Path(config.output_dir) / name
+    with config.main_process_first(desc="making the offline model"):
+        if config.process_index == 0 and not resume:
+            _make_offline_model(folder, prompts, config.seed, steps, expert)
+    return str(folder)
+
+
+def _make_offline_model(folder: Path, prompts: Any, seed: int, steps: int, expert: bool) -> None:
     texts = prompts["prompt"][:]
     if not isinstance(texts[0], str):
-        raise ValueError(f"`model_name_or_path`={OFFLINE_MODEL!r} is for generated sets, got chats")
-    columns = (TextColumn("a small model imitates a careless teacher"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        option = "teacher_model_path" if expert else "model_name_or_path"
+        raise ValueError(f"`{option}`={OFFLINE_MODEL!r} is for generated sets, got chats")
+    title = "a wider model imitates right answers" if expert else "a small model imitates a careless teacher"
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console()) as progress:
         task = progress.add_task("", total=steps)
         build_offline_model(
@@ -250,5 +289,6 @@ def _make_offline_model(folder: Path, prompts: Any, seed: int, steps: int) -> No
             prompts["answer"][:],
             seed=seed,
             steps=steps,
+            expert=expert,
             on_step=lambda step, loss: progress.update(task, completed=step),
         )

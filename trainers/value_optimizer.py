@@ -21,6 +21,18 @@ def parameter_groups(trainer: Any, module: nn.Module, weight_decay: float) -> li
     return [group for group in groups if group["params"]]
 
 
+def optimizer_class(trainer: Any, args: Any, module: nn.Module) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """The class of `args.optim`, and its options.
+
+    Raises:
+        ValueError: an optimiser that arranges parameters by itself.
+    """
+    kind, options = trainer.get_optimizer_cls_and_kwargs(args, module)
+    if any(name in options for name in _OWN_ARRANGEMENT) or not isinstance(kind, type):
+        raise ValueError(f"`optim`={str(args.optim)!r} arranges parameters by itself, which leaves a value model's out")
+    return kind, options
+
+
 def make_value_optimizer(trainer: Any, module: nn.Module) -> torch.optim.Optimizer:
     """The optimiser class and options of `args.optim`, at the value model's learning rate and weight decay.
 
@@ -30,13 +42,11 @@ def make_value_optimizer(trainer: Any, module: nn.Module) -> torch.optim.Optimiz
     args = trainer.args
     rate = args.learning_rate if args.vf_learning_rate is None else args.vf_learning_rate
     decay = args.weight_decay if args.vf_weight_decay is None else args.vf_weight_decay
-    optimizer_class, options = trainer.get_optimizer_cls_and_kwargs(_with_rate(args, rate), module)
-    if any(name in options for name in _OWN_ARRANGEMENT) or not isinstance(optimizer_class, type):
-        raise ValueError(f"`optim`={str(args.optim)!r} arranges parameters by itself, which a second optimiser cannot share")
+    kind, options = optimizer_class(trainer, _with_rate(args, rate), module)
     groups = parameter_groups(trainer, module, decay)
     if not groups:
         raise ValueError("`value_model` has no parameter that requires a gradient")
-    return optimizer_class(groups, **{**options, "lr": rate})
+    return kind(groups, **{**options, "lr": rate})
 
 
 def make_value_scheduler(args: Any, optimizer: torch.optim.Optimizer, updates: int) -> Any:

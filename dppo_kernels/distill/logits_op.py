@@ -88,8 +88,7 @@ def distill_loss(
     else:
         found = RowDivergence(
             *torch.ops.dppo_kernels.distill_loss(
-                as_row_blocks(student_logits),
-                as_row_blocks(teacher_logits.detach()),
+                *_row_blocks(student_logits, teacher_logits.detach()),
                 mask,
                 row_temperature,
                 scalar_temperature,
@@ -107,6 +106,12 @@ def distill_loss(
         found.agrees.reshape(loss_mask.shape) if with_agreement else None,
     )
     return finish_distill_loss(loss, aux, loss_mask, return_aux)
+
+
+def _row_blocks(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as [A, B, V] of one A and B; views."""
+    blocks = as_row_blocks(student), as_row_blocks(teacher)
+    return blocks if blocks[0].shape == blocks[1].shape else (student, teacher)  # [B, T, V], one of them not contiguous
 
 
 def _reference(student: Tensor, teacher: Tensor, mask: Tensor, temperature: float | Tensor, kind: Kind) -> RowDivergence:

@@ -110,7 +110,7 @@ def make_trainer(model, tokenizer, prompts, make_config) -> Callable[..., DPPOTr
             name: changes.pop(name)
             for name in (
                 *("model", "eval_dataset", "peft_config", "rollout_func", "tools", "callbacks", "environment_factory"),
-                *("reward_processing_classes", "ref_model", "reward_model", "value_model"),
+                *("reward_processing_classes", "ref_model", "reward_model", "value_model", "teacher", "optimizers"),
             )
             if name in changes
         }

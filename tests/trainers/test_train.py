@@ -36,7 +36,8 @@ CPU = ["--use_cpu", "--bf16", "false"]
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_shipped_config_is_understood(algorithm: str, monkeypatch) -> None:
     configs = shipped_configs(algorithm)
-    expected = {"pythia-1b"} if "ppo" in algorithm and algorithm != "dppo" else {"qwen2.5_0.5b_quick_test", "paper"}
+    expected = {"pythia-1b"} if algorithm in ("ppo", "decoupled-ppo") else {"qwen2.5_0.5b_quick_test", "paper"}
+    expected = {"qwen2.5_0.5b"} if algorithm == "distill-ppo" else expected
     assert set(configs) == {"cpu_quick_test", *expected}
     for name, path in configs.items():
         data, config, model = parse(algorithm, ["--config", name, *CPU])
@@ -100,6 +101,9 @@ def test_flags_win_over_the_file_and_both_know_the_alias(tmp_path) -> None:
             "needs a --reward_model_path, which PPO takes",
         ),
         (["train", "ppo", "--config", "cpu_quick_test", "--reward_funcs", "none"], "needs a --reward_model_path"),
+        (["train", "distill-ppo", *CPU, "--model_name_or_path", "m"], "--teacher_model_path is needed"),
+        (["train", "distill-ppo", "--config", "cpu_quick_test", "--offline_teacher_steps", "0"], "must be at least 1, got 0"),
+        (["train", "distill-ppo", "--config", "cpu_quick_test", "--num_ppo_epochs", "3"], "set `ppo_epochs` instead"),
     ],
 )
 def test_usage_errors(arguments: list[str], message: str, capsys) -> None:

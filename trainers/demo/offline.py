@@ -13,17 +13,20 @@ from dppo_kernels.trainers.demo.warmup import build_model, warm_up
 OFFLINE_MODEL = "offline"
 WARMUP_STEPS = 600
 FORGETS_TEN = 0.6  # share of the teacher's answers beyond 10 that are 10 short
+EXPERT_WIDTH, EXPERT_STEPS = 128, 1000  # of a model that others are distilled from
 
 _PREFIX = "Answer: "  # one token: the model has little to write
 
 
-def careless_solutions(prompts: Sequence[str], answers: Sequence[str], seed: int) -> list[tuple[str, str]]:
+def careless_solutions(
+    prompts: Sequence[str], answers: Sequence[str], seed: int, forgets: float = FORGETS_TEN
+) -> list[tuple[str, str]]:
     """Prompts and what a careless teacher writes, in the line that a verifier reads: whole numbers are often 10 short.
 
     An imitator knows the right answer and mostly writes the wrong one, as a base model might: there is something to reinforce.
     """
     rng = random.Random(seed)
-    return [(prompt, _PREFIX + _careless(answer, rng)) for prompt, answer in zip(prompts, answers, strict=True)]
+    return [(prompt, _PREFIX + _careless(answer, rng, forgets)) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
 def build_offline_model(
@@ -33,6 +36,7 @@ def build_offline_model(
     *,
     seed: int = 0,
     steps: int = WARMUP_STEPS,
+    expert: bool = False,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> None:
     """Write a model and its tokenizer to `folder`: a Qwen3 of 200 thousand parameters that imitated the careless teacher.
@@ -43,6 +47,7 @@ def build_offline_model(
         answers: the right ones.
         seed: of weights, teacher and order.
         steps: of supervised learning; `on_step` is called after each with its number and loss.
+        expert: a wider model that imitates right answers, over the same tokens.
 
     Raises:
         ValueError: a prompt or answer holds a character without a token.
@@ -55,14 +60,15 @@ def build_offline_model(
             )
     set_seed(seed)
     tokenizer = build_tokenizer([_PREFIX, *CHARACTERS])
-    model = build_model(tokenizer, seed)
-    warm_up(model, tokenizer, careless_solutions(prompts, answers, seed), seed=seed, steps=steps, on_step=on_step)
+    model = build_model(tokenizer, seed, EXPERT_WIDTH) if expert else build_model(tokenizer, seed)
+    solutions = careless_solutions(prompts, answers, seed, 0.0 if expert else FORGETS_TEN)
+    warm_up(model, tokenizer, solutions, seed=seed, steps=steps, on_step=on_step)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def _careless(answer: str, rng: random.Random) -> str:
-    if not answer.isdigit() or int(answer) < 10 or rng.random() >= FORGETS_TEN:
+def _careless(answer: str, rng: random.Random, forgets: float) -> str:
+    if not answer.isdigit() or int(answer) < 10 or rng.random() >= forgets:
         return answer
     return str(int(answer) - 10)

@@ -13,17 +13,17 @@ BATCH = 128
 LEARNING_RATE = 2e-3
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
-    """Two layers, about 190 thousand parameters."""
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int, width: int = 96) -> Qwen3ForCausalLM:
+    """Two layers, about 190 thousand parameters at the default width."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=192,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
-        head_dim=24,
+        head_dim=width // 4,
         max_position_embeddings=64,
         tie_word_embeddings=False,
         pad_token_id=tokenizer.pad_token_id,
