@@ -15,8 +15,11 @@ CASES = [
     # Four steps an update: inside a pass, between two passes, at the end of an update.
     pytest.param(5, {**SCORES, "target": 1.0, "horizon": 100}, id="inside a pass"),
     pytest.param(6, {**SCORES, "kd_data": "dataset"}, id="dataset, between passes"),
-    pytest.param(4, {**SCORES, "optimizer_name": "sgd", "optimizer_kwargs": {"momentum": 0.9}}, id="at an update's end"),
-    pytest.param(6, {"early_stopping": True, "target_kl": 1e-3}, id="stopped early"),
+    pytest.param(
+        8,
+        {**SCORES, "early_stopping": True, "target_kl": 1e-3, "optimizer_name": "sgd", "optimizer_kwargs": {"momentum": 0.95}},
+        id="at an update's end, stopped early",
+    ),
 ]
 
 
@@ -53,6 +56,7 @@ def test_resume_is_exact(make_trainer, model, prompts, tmp_path, save_at: int, s
     assert len([n for n in names if n.startswith("distill/")]) == 4
     for name in names:
         assert history(resumed, name) == history(whole, name), name
+    assert (0 in history(whole, "policy/updated")) == settings.get("early_stopping", False)
     assert resumed.kl_controller.coef == whole.kl_controller.coef
     assert resumed.score_processor.state_dict() == whole.score_processor.state_dict()
     assert whole.score_processor.moments.count == 24

@@ -24,7 +24,7 @@ from tests.trainers.test_train_ppo import documented_metrics
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "distill_ppo.md").read_text()
 TINY = [
-    *("--offline_warmup_steps", "30", "--offline_teacher_steps", "30", "--max_steps", "16", "--mini_batch_size", "8"),
+    *("--offline_warmup_steps", "8", "--offline_teacher_steps", "8", "--max_steps", "16", "--mini_batch_size", "8"),
     *("--batch_size", "32", "--eval_size", "16", "--per_device_eval_batch_size", "16", "--eval_steps", "16"),
     *("--logging_steps", "8", "--dataset_name", "addition:96"),
 ]
