@@ -26,6 +26,7 @@ def main() -> int:
     run.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on CUDA, float32 elsewhere")
     run.add_argument("--rounds", type=int, default=9)
     run.add_argument("--quick", action="store_true", help="one or two shapes, five rounds")
+    run.add_argument("--shape", action="append", help="only these of the shapes, by name")
     run.add_argument("--sweep", action="store_true", help="also vary the vocabulary and the number of tokens")
     run.add_argument("--out", type=Path, default=RESULTS)
     compare = commands.add_parser("compare", help="time of B over time of A, by case, shape, mode and provider")
@@ -46,6 +47,9 @@ def main() -> int:
     dtype = getattr(torch, parsed.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     folder = parsed.out / re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
     shapes = shapes_for(device.type, quick=parsed.quick, sweep=parsed.sweep)
+    if unknown := set(parsed.shape or ()) - shapes.keys():
+        parser.error(f"--shape {', '.join(sorted(unknown))}: there are {', '.join(shapes)}")
+    shapes = {name: shape for name, shape in shapes.items() if not parsed.shape or name in parsed.shape}
     for name in parsed.case or NAMES:
         rows = run_case(name, shapes, device, dtype, 5 if parsed.quick else parsed.rounds, console)
         print_rows(rows, console)

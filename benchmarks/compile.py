@@ -268,7 +268,7 @@ def _cases(architecture: str, *, described: bool) -> list[Case]:
     chunk = dict.fromkeys(
         (
             *("anchor_ptr", "rest_ptr", "dot_ptr", "max_ptr", "target_ptr", "total_rest_ptr", "total_dot_ptr", "factor_ptr"),
-            *("at_target_ptr", "offset_ptr", "out_factor_ptr", "rows_ptr"),
+            *("at_target_ptr", "offset_ptr", "out_factor_ptr", "rows_ptr", "top_ptr"),
         ),
         FP32,
     )

@@ -9,6 +9,9 @@ import triton.language as tl
 # Stands in for -inf where a product follows: exp() of it is 0, and 0 times it is finite.
 FINITE_MINUS_INF = tl.constexpr(-1e30)
 
+# Of `settle_on_max`: what all logits but the largest add to exp(log_sum), if they add less than shows beside 1.
+LEAST_OTHERS = tl.constexpr(1e-6)
+
 
 @triton.jit
 def load_tile(
@@ -114,10 +117,12 @@ def transform_logits(projected, scale, softcap, inverse_temperature, HAS_SOFTCAP
     if HAS_SOFTCAP:
         bent = tanh(projected * (scale / softcap))
         slope = 1 - bent * bent
-        z = bent * softcap * inverse_temperature
+        z = bent * softcap
     else:
-        z = projected * scale * inverse_temperature
-    return z, slope
+        z = projected * scale
+    # Rounded here: a compiler fuses a product into a subtraction that follows, in one kernel and not in another, and then the
+    # largest logit of a row is not the maximum that was saved.
+    return tl.fma(z, inverse_temperature, 0.0), slope
 
 
 @triton.jit
@@ -150,6 +155,17 @@ def merge_stats(m, s, d, q, m2, s2, d2, q2, ENTROPY: tl.constexpr, SUM_SQ: tl.co
     if SUM_SQ:
         q = rescale * rescale * q + rescale2 * rescale2 * q2
     return new_m, rescale * s + rescale2 * s2, d, q
+
+
+@triton.jit
+def settle_on_max(z, row_max, log_sum):
+    """Picked logits, `row_max` for the one that is a row's largest.
+
+    A dot product of its own rounds otherwise than the tile that gave `row_max`: where p is 1, p - 1 would be the difference.
+    No other logit is above ``row_max + log(exp(log_sum) - 1)``: what is nearer to `row_max` than to that is the largest.
+    """
+    others = tl.maximum(tl.exp(log_sum) - 1, LEAST_OTHERS)
+    return tl.where(z > row_max + tl.log(others) / 2, row_max, z)
 
 
 @triton.jit

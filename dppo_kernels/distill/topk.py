@@ -93,12 +93,16 @@ def topk_distill_loss(
         _checks.check_temperature(temperature, "loss_mask", loss_mask)
         temperature = torch.where(loss_mask, temperature, 1.0)
     present = (teacher_ids >= 0) & loss_mask[..., None]
+    teacher_ids = torch.where(present, teacher_ids, -1)
+    if teacher_ids.device.type == "cpu" or check_values:  # here, where the argument has this name
+        vocab = (student_weight.base if isinstance(student_weight, LoraWeight) else student_weight).shape[0]
+        _checks.check_values(teacher_ids.new_zeros(0), teacher_ids, None, vocab, None, gather_name="teacher_ids")
     scores = linear_logprobs(
         student_hidden,
         student_weight,
         torch.where(loss_mask, 0, _IGNORED),
         bias=student_bias,
-        gather_ids=torch.where(present, teacher_ids, -1),
+        gather_ids=teacher_ids,
         temperature=temperature,
         logit_scale=student_logit_scale,
         softcap=student_softcap,
@@ -106,7 +110,6 @@ def topk_distill_loss(
         outputs=("entropy",) if with_entropy else (),
         workspace_bytes=workspace_bytes,
         backend=backend,
-        check_values=check_values,
     )
     assert scores.gathered is not None
     # 1 - sum cancels: in double precision it is as exact as the log-probs are. K + 1 numbers per token, so it is cheap.

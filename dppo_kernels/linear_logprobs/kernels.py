@@ -1,7 +1,7 @@
 """Triton forward of the linear log-prob family: LSE partials, gathered dot products, and a fixed-order second stage.
 
     z = transform(h W^T + b);  per segment of V: m = max z, s = sum exp(z - m), optionally sum of e z, e^2, z and argmax
-    lse = m + log s;  logprob_k = z_k - lse with z_k from a dot product of row and head row k
+    lse = m + log s;  logprob_k = z_k - lse with z_k from a dot product of row and head row k, or m where it is clearly that
 
 A program owns (row block, segment), walks the segment's tiles and keeps the statistics in fp32 registers; partials [S, N] are
 merged in the order of segments. Neither tiles nor segments depend on N, so a row's bits do not depend on the batch it is in.
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dppo_kernels._tiling import LsePlan, pick_lse_plan
-from dppo_kernels._tl import fold_tile, merge_stats, nonpositive, project_tile, transform_logits
+from dppo_kernels._tl import fold_tile, merge_stats, nonpositive, project_tile, settle_on_max, transform_logits
 from dppo_kernels._triton import INTERPRET, can_describe, capability, launch_on, operand, program_count
 from dppo_kernels.linear_logprobs.projection import Projection
 
@@ -238,7 +238,7 @@ def linear_finish_kernel(
     tl.store(row_max_ptr + row, tl.where(active, m, 0.0), mask=mask_n)
     tl.store(log_sum_ptr + row, tl.where(active, log_sum, 0.0), mask=mask_n)
     tl.store(lse_ptr + row, tl.where(active, m + log_sum, 0.0), mask=mask_n)
-    target = tl.load(z_ptr + offs_n.to(tl.int64) * K, mask=active, other=0.0)
+    target = settle_on_max(tl.load(z_ptr + offs_n.to(tl.int64) * K, mask=active, other=0.0), m, log_sum)
     tl.store(logprobs_ptr + row, tl.where(active, nonpositive((target - m) - log_sum), 0.0), mask=mask_n)
     if ENTROPY:
         tl.store(entropy_ptr + row, tl.where(active, log_sum - d / s, 0.0), mask=mask_n)
@@ -249,7 +249,7 @@ def linear_finish_kernel(
     if ARGMAX:
         tl.store(is_top1_ptr + row, active & (best == tl.load(ids_ptr + row * K, mask=mask_n, other=-1)), mask=mask_n)
     for k in range(1, K):
-        z = tl.load(z_ptr + offs_n.to(tl.int64) * K + k, mask=active, other=0.0)
+        z = settle_on_max(tl.load(z_ptr + offs_n.to(tl.int64) * K + k, mask=active, other=0.0), m, log_sum)
         wanted = active & (tl.load(ids_ptr + row * K + k, mask=mask_n, other=-1) >= 0)
         tl.store(gathered_ptr + row * (K - 1) + k - 1, tl.where(wanted, nonpositive((z - m) - log_sum), 0.0), mask=mask_n)
 

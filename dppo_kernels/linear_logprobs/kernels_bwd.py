@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dppo_kernels._row_stats import Upstream
 from dppo_kernels._tiling import GradPlan, chunks, pick_grad_plan
-from dppo_kernels._tl import FINITE_MINUS_INF, load_tile, project_tile, transform_logits
+from dppo_kernels._tl import FINITE_MINUS_INF, load_tile, project_tile, settle_on_max, transform_logits
 from dppo_kernels._triton import INTERPRET, can_describe, capability, descriptor_obstacle, launch_on, operand
 from dppo_kernels.linear_logprobs.kernels import CompactRows, compact_rows, gather_logits
 from dppo_kernels.linear_logprobs.projection import Gradients, Needs, Projection
@@ -116,8 +116,10 @@ def picked_gradient_kernel(
         place = row.to(tl.int64) * K
         ids = tl.load(ids_ptr + place + offs_k, mask=mask_k, other=-1)
         z = tl.load(z_ptr + place + offs_k, mask=mask_k & (ids >= 0), other=0.0)
-        inverse_temperature = tl.load(inverse_temperature_ptr + row)
-        logp = (z - tl.load(row_max_ptr + row)) - tl.load(log_sum_ptr + row)
+        inverse_temperature, row_max = tl.load(inverse_temperature_ptr + row), tl.load(row_max_ptr + row)
+        log_sum = tl.load(log_sum_ptr + row)
+        z = settle_on_max(z, row_max, log_sum)
+        logp = (z - row_max) - log_sum
         dz = tl.exp(logp)
         if ENTROPY:
             dz *= tl.load(on_probs_ptr + row) + tl.load(on_logprobs_ptr + row) * tl.maximum(logp, FINITE_MINUS_INF)

@@ -110,9 +110,10 @@ def merge_sums_kernel(
     target_ptr,  # [N] logits of the ids, compacted order
     count_ptr,
     redo_ptr,  # [row blocks of the projection]
-    anchor_ptr,  # this and the next two: [rows of a chunk]
+    anchor_ptr,  # this and the next three: [rows of a chunk]
     total_rest_ptr,
     total_dot_ptr,
+    top_ptr,
     first_row,
     chunk_rows,
     n_blocks,
@@ -140,6 +141,7 @@ def merge_sums_kernel(
     if not REDO:
         target = tl.load(target_ptr + first_row + local_n, mask=active, other=0.0)
         fits = rest <= LARGEST_SUM  # False for NaN
+        tl.store(top_ptr + local_n, m, mask=active)
         tl.store(anchor_ptr + local_n, tl.where(fits, target, tl.maximum(m, target)), mask=active)
         # Every program that flags a block writes the same.
         tl.store(redo_ptr + local_n // PROJECTION_BLOCK_N, tl.full([BLOCK_N], 1, tl.int32), mask=active & (fits == 0))
@@ -165,11 +167,12 @@ def scatter_rows_kernel(
 
 
 class Sums(NamedTuple):
-    """Of a chunk's rows; [chunk_rows] each. Neither R nor D counts the target."""
+    """Of a chunk's rows; [chunk_rows] each. Neither R nor D nor the largest logit counts the target."""
 
     anchor: Tensor
     rest: Tensor
     dot: Tensor
+    top: Tensor  # largest logit
 
 
 class ChunkLauncher(ChunkGemms):
@@ -196,7 +199,7 @@ class ChunkLauncher(ChunkGemms):
     def exponentials(self, rows: CompactRows, ids: Tensor, target: Tensor, part: slice, slot: Tensor) -> Sums:
         """Exponentials of a chunk in `slot`, and their sums; `ids` [N] and their logits `target` [N] in compacted order."""
         x, plan = self.x, self.plan
-        sums = Sums(*(self.new(self.chunk_rows) for _ in range(3)))
+        sums = Sums(*(self.new(self.chunk_rows) for _ in Sums._fields))
         size = part.stop - part.start
         sums.anchor[:size] = target[part]
         row_blocks = self.chunk_rows // plan.block_n

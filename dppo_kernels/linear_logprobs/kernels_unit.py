@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dppo_kernels._row_stats import Upstream
 from dppo_kernels._tiling import GradPlan, chunks
-from dppo_kernels._tl import expm1_nonpositive
+from dppo_kernels._tl import LEAST_OTHERS, expm1_nonpositive
 from dppo_kernels._triton import INTERPRET, launch_on
 from dppo_kernels.linear_logprobs.exponentials import Exponentials
 from dppo_kernels.linear_logprobs.kernels import compact_rows, gather_logits
@@ -143,14 +143,19 @@ def unit_gradient_fwd(
                     width,
                     BLOCK_H=block_h,
                 )
-            anchor, rest, dot = (torch.cat(x) for x in zip(*sums, strict=True))
+            anchor, rest, dot, top = (torch.cat(x) for x in zip(*sums, strict=True))
             e_target = (target - anchor).exp()
             # The kernels' sums leave the target out.
             whole_dot = dot + torch.where(e_target > 0, e_target * (target - anchor), 0.0) if with_entropy else None
             e = Exponentials(slot, target_ids, anchor, target, None, rest, whole_dot)
-            scores, log_total = e.scores(z[:, 1:], picked_ids[:, 1:]), e.log_total()
+            log_total, row_max = e.log_total(), torch.maximum(anchor, top)
+            log_sum = log_total - (row_max - anchor)
+            # As `settle_on_max` does: the target settles on its own logit, which is the anchor.
+            half_way = row_max + torch.expm1(log_sum).clamp_(min=LEAST_OTHERS.value).log_() / 2
+            z = torch.where(z > half_way[:, None], row_max[:, None], z)
+            scores = e.scores(z[:, 1:], picked_ids[:, 1:])
             assert scores.gathered is not None
-            found = {"logprobs": scores.logprobs, "lse": anchor + log_total, "row_max": anchor, "log_sum": log_total}
+            found = {"logprobs": scores.logprobs, "lse": anchor + log_total, "row_max": row_max, "log_sum": log_sum}
             found["picked"] = torch.cat([scores.logprobs[:, None], scores.gathered], 1)
             if scores.entropy is not None:
                 found["entropy"] = scores.entropy

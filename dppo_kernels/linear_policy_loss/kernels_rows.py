@@ -9,7 +9,7 @@ reference, loss, its derivative g by the log-prob, and the partial sums (sum, ma
 import triton
 import triton.language as tl
 
-from dppo_kernels._tl import nonpositive
+from dppo_kernels._tl import nonpositive, settle_on_max
 
 LOG_RATIO_LIMIT = tl.constexpr(20.0)  # estimators.LOG_RATIO_LIMIT
 LOGPROB_CEILING = tl.constexpr(-1e-9)  # _numerics.LOGPROB_CEILING
@@ -19,9 +19,10 @@ MIN_OTHER = tl.constexpr(1e-12)  # divergence.MIN_OTHER
 @triton.jit
 def policy_row_kernel(
     z_ptr,  # [N, K1] logits of the id and the gathered ids, compacted order
-    anchor_ptr,  # this and the next two: [rows of a chunk]
+    anchor_ptr,  # this and the next three: [rows of a chunk]
     rest_ptr,
     dot_ptr,
+    top_ptr,
     order_ptr,
     inverse_temperature_ptr,  # [N] compacted order
     count_ptr,
@@ -150,8 +151,11 @@ def policy_row_kernel(
                     d = tl.maximum(sampled + others, 0.0)
                 else:
                     other_m, other_p, gap, kept = zero + 1.0, zero + 1.0, zero, zero
+                    row_max = tl.maximum(anchor, tl.load(top_ptr + local_n, mask=active, other=0.0).to(tl.float64))
+                    log_sum = log_total - (row_max - anchor)
                     for k in range(K):
-                        log_p = (tl.load(z_ptr + place * K1 + 1 + k, mask=active, other=0.0) - anchor) - log_total
+                        z = tl.load(z_ptr + place * K1 + 1 + k, mask=active, other=0.0).to(tl.float64)
+                        log_p = (settle_on_max(z, row_max, log_sum) - anchor) - log_total
                         log_p = tl.where(
                             tl.load(topk_ids_ptr + row * K + k, mask=active, other=-1) >= 0, nonpositive(log_p), 0.0
                         )

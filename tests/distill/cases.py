@@ -247,6 +247,8 @@ def distill_cases(*, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> st.S
         case = DistillCase(*kind, teacher_dtype=values["dtype"] if double else teacher_dtype, **values)
         if case.kind == "tv":  # which has no derivative where the models agree: what rounds decides there
             case = replace(case, teacher="apart")
+        if case.bias and case.banned != "none":  # a soft-cap makes -inf finite, so that one model alone would ban
+            case = replace(case, softcap=None, teacher_softcap=None)
         infinite = case.banned == "teacher" and (case.kind == "reverse_kl" or (case.kind, case.beta) == ("jsd", 1.0))
         return replace(case, banned="both") if infinite else case
 

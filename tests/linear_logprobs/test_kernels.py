@@ -9,7 +9,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from dppo_kernels import linear_logprobs
+from dppo_kernels import LoraWeight, linear_logprobs
 from dppo_kernels._row_stats import Upstream
 from dppo_kernels.linear_logprobs import kernels, kernels_bwd
 from dppo_kernels.linear_logprobs.projection import Projection
@@ -26,6 +26,11 @@ INTERPRETED = settings(max_examples=10)  # an example is about a second
 CASE = ScoringCase(
     rows=33, hidden_size=33, vocab=123, n_gather=4, dtype=torch.float32, scale=4.0, layout="contiguous", temperature="per_row",
     ignored="some", bias=True, softcap=5.0, logit_scale=0.25, seed=1,
+)  # fmt: skip
+# Logits of about a thousand: where p is 1, p - 1 is the difference between two roundings of the same logit, times the head.
+COLD = ScoringCase(
+    rows=33, hidden_size=8, vocab=2, n_gather=1, dtype=torch.float32, scale=30.0, layout="contiguous", temperature="cold",
+    ignored="none", bias=False, softcap=None, logit_scale=1.0, seed=35,
 )  # fmt: skip
 
 
@@ -58,6 +63,8 @@ def run_naive(case: ScoringCase) -> dict[str, Tensor]:
 @given(case=scoring_cases(dtypes=(torch.float32, torch.bfloat16, torch.float16)))
 @example(case=CASE)
 @example(case=replace(CASE, dtype=torch.bfloat16, softcap=None, temperature="cold"))
+@example(case=COLD)
+@example(case=replace(COLD, n_gather=0, rows=2, seed=11))
 @INTERPRETED
 def test_as_exact_as_torch(device: str, case: ScoringCase) -> None:
     values, grads = run(case, case.dtype, "triton", device)
@@ -198,6 +205,30 @@ def test_all_logits_far_below_zero(device: str) -> None:
     torch.testing.assert_close(low["lse"][counted], (plain["lse"] - shift)[counted], rtol=1e-6, atol=1e-4)
     for name in ("logprobs", "entropy", "gathered"):
         torch.testing.assert_close(low[name], plain[name], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("head", ["trained", "LoRA", "frozen", "frozen, entropy"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_certain_token_has_exactly_no_gradient(device: str, dtype: torch.dtype, head: str) -> None:
+    """All others underflow: its log-prob is 0, sampled or gathered, and so is the gradient, in whatever order products sum."""
+    g = torch.Generator().manual_seed(0)
+    weight, certain = 3 * torch.randn(40, 33, generator=g), torch.arange(0, 40, 4, device=device)
+    hidden, a, b = weight[::4], torch.randn(5, 33, generator=g) / 30, torch.randn(40, 5, generator=g) / 30
+    hidden, weight, a, b = leaves = [x.to(device, dtype).requires_grad_() for x in (hidden, weight, a, b)]
+    out = linear_logprobs(
+        hidden,
+        LoraWeight(weight, a, b) if head == "LoRA" else weight if head == "trained" else weight.detach(),
+        torch.cat([certain[:5], certain[5:] + 1]),  # the last five sample an impossible token
+        gather_ids=certain[:, None],
+        temperature=0.1,
+        outputs=("logprobs", "entropy"),
+        backend="triton",
+    )
+    values = [out.logprobs[:5], out.gathered, *([] if head == "frozen" else [out.entropy])]
+    assert not any(value.any() for value in values)
+    for grad in torch.autograd.grad(sum(value.sum() for value in values), leaves, allow_unused=True):
+        assert grad is None or not grad.any()
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -80,6 +80,31 @@ def test_an_improbable_token_is_projected_again_without_a_host_wait(device: str,
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("preset", ["dppo_topk_tv", "dppo_topk_kl"])
+def test_equal_certain_policies_do_not_diverge(device: str, preset: str) -> None:
+    """Both give one token the probability 1; it is sampled in every other row."""
+    weight = 3 * torch.randn(40, 33, generator=torch.Generator().manual_seed(0)).to(device)
+    certain = torch.arange(0, 40, 4, device=device)
+    other = certain + 1
+    ids = torch.where(torch.arange(10, device=device) % 2 == 0, certain, other)
+    logprobs = torch.where(ids == certain, 0.0, -1e3)
+    _, stats = linear_policy_loss(
+        weight[::4].clone().requires_grad_(),
+        weight,
+        ids,
+        logprobs,
+        torch.ones(10, device=device),
+        torch.ones(10, dtype=torch.bool, device=device),
+        spec=PRESETS[preset],
+        rollout_topk_ids=torch.stack([certain, other], 1),
+        rollout_topk_logprobs=torch.tensor([0.0, -1e3], device=device).expand(10, 2),
+        temperature=0.1,
+        backend="triton",
+    )
+    assert stats["divergence"].max == 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_sequences_longer_than_the_slots_are_projected_again(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op, "TARGET_ROWS", {"cpu": 16, "cuda": 16})
     case = with_options(PolicyCase("gspo", b=3, t=60), workspace_bytes=32 * 53 * 4)
