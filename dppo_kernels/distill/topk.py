@@ -94,7 +94,8 @@ def topk_distill_loss(
         temperature = torch.where(loss_mask, temperature, 1.0)
     present = (teacher_ids >= 0) & loss_mask[..., None]
     teacher_ids = torch.where(present, teacher_ids, -1)
-    if teacher_ids.device.type == "cpu" or check_values:  # here, where the argument has this name
+    # Here, where the argument has this name; what is compiled is left to the op below.
+    if (teacher_ids.device.type == "cpu" or check_values) and not torch.compiler.is_compiling():
         vocab = (student_weight.base if isinstance(student_weight, LoraWeight) else student_weight).shape[0]
         _checks.check_values(teacher_ids.new_zeros(0), teacher_ids, None, vocab, None, gather_name="teacher_ids")
     scores = linear_logprobs(
@@ -110,6 +111,7 @@ def topk_distill_loss(
         outputs=("entropy",) if with_entropy else (),
         workspace_bytes=workspace_bytes,
         backend=backend,
+        check_values=check_values,
     )
     assert scores.gathered is not None
     # 1 - sum cancels: in double precision it is as exact as the log-probs are. K + 1 numbers per token, so it is cheap.
