@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from dppo_kernels._tiling import pick_comparison_plan
-from dppo_kernels._triton import capability, launch_on
+from dppo_kernels._triton import INTERPRET, capability, launch_on
 from dppo_kernels.distill.kernels import N_SAVED, divergence_gradient_kernel, divergence_row_kernel
 from dppo_kernels.distill.kinds import Kind
 from dppo_kernels.distill.reference import RowDivergence
@@ -74,7 +74,9 @@ def distill_loss_bwd(
     saved: Tensor,
 ) -> Tensor:
     """dL/d(student logits), contiguous, in their dtype."""
-    dstudent = torch.empty_like(student, memory_format=torch.contiguous_format)
+    # Kernels of an interpreter round bfloat16 wrongly: torch does it there.
+    stored = torch.float32 if INTERPRET else student.dtype
+    dstudent = torch.empty_like(student, dtype=stored, memory_format=torch.contiguous_format)
     n, vocab = mask.shape[0], student.shape[2]
     block_v, num_warps = pick_comparison_plan(capability(student.device))
     inverse = _inverse(temperature, saved)
@@ -103,7 +105,7 @@ def distill_loss_bwd(
                 BLOCK_V=block_v,
                 num_warps=num_warps,
             )
-    return dstudent
+    return dstudent.to(student.dtype)
 
 
 _GIVEN: dict[str, Any] = {"COMPACTED": False, "TEMPERED": True}

@@ -42,6 +42,7 @@ def test_as_exact_as_torch(device: str, case: DistillCase) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @given(case=distill_cases(dtypes=DTYPES))
 @example(case=DistillCase("jsd", 0.9, dtype=torch.float16, layout="strided", temperature="per_row", vocab=123))
+@example(case=DistillCase("forward_kl", dtype=torch.bfloat16, b=1, t=1, vocab=2, scale=0.1, temperature="cold", seed=2))
 @INTERPRETED
 def test_given_logits_as_exact_as_torch(device: str, case: DistillCase) -> None:
     hold_to_reference(case, run_logits, "triton", device)
