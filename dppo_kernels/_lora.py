@@ -40,6 +40,11 @@ class LoraWeight:
             raise ValueError(f"`{weight}.a` must have at least one row, got shape [0, H]")
 
 
+def vocabulary(weight: Tensor | LoraWeight) -> int:
+    """V of a head."""
+    return (weight.base if isinstance(weight, LoraWeight) else weight).shape[0]
+
+
 def split_head(
     weight: Tensor | LoraWeight, hidden: Tensor, counted: Tensor, compute_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -33,3 +33,9 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None
+
+
+def compute_dtype_of(hidden: Tensor) -> torch.dtype:
+    """What hidden states and their head are rounded to before they are multiplied: autocast's dtype, or their own."""
+    autocast = autocast_dtype(hidden.device)
+    return hidden.dtype if autocast is None or hidden.dtype == torch.float64 else autocast

@@ -1,5 +1,6 @@
 """PPO of a student with a teacher: a distillation loss beside the policy's and the values', scores processed as they come."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -116,9 +117,9 @@ class DistillPPOTrainer(DistillSetupMixin, PPOTrainer):
     def process_scores(self, scores: Tensor) -> Tensor:
         processed = super().process_scores(scores)
         metrics, moments = self._metrics["train" if self.model.training else "eval"], self.score_processor.moments
-        known = scores.isfinite()
-        if known.any():
-            metrics["objective/raw_scores"].append(float(scores[known].mean()))
+        mean = float(torch.where(scores.isfinite(), scores, torch.nan).nanmean())
+        if not math.isnan(mean):
+            metrics["objective/raw_scores"].append(mean)
         metrics["objective/score_mean"].append(moments.mean)
         metrics["objective/score_std"].append(moments.std)
         return processed

@@ -69,8 +69,7 @@ class DistillSetupMixin(Host):
         Called once, in the constructor. The rule is asked before every optimiser step, with the mean k3 per token over all
         processes: where it says True, that step and the others of the rollout are not made. It must not depend on the process.
         """
-        target = self.args.target_kl  # None without `early_stopping`
-        return None if target is None else lambda kl: not kl <= target  # NaN exceeds
+        return super().make_stop_rule()  # `target_kl`, which is None without `early_stopping`
 
     def _setup_score_processing(self) -> ScoreProcessor:
         """What scores go through before they enter the rewards: `use_score_scaling`, `use_score_norm` and `score_clip`.

@@ -6,6 +6,7 @@ precision, so that every row with an advantage carries gradient: the work is wha
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -54,7 +55,6 @@ def trl(x: Inputs) -> Tensor:
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
-    _refuse_topk(x)
     hidden = x.hidden.reshape(-1, x.hidden.shape[-1])
     arguments = (hidden, x.weight, None, x.ids.flatten(), 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("log_probs",))
     return clip_loss(ChunkedLogProbFunction.apply(*arguments)[0].view_as(x.ids), x)
@@ -63,7 +63,6 @@ def trl(x: Inputs) -> Tensor:
 def liger(x: Inputs) -> Tensor:
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
-    _refuse_topk(x)
     spec = _spec(x)
     loss = LigerFusedLinearGRPOLoss(
         beta=0.0, use_ref_model=False, epsilon_low=spec.epsilon_low, epsilon_high=spec.epsilon_high, loss_type="dapo"
@@ -123,15 +122,13 @@ class Variant:
     MODES: ClassVar = ("forward+backward",)
     MAX_ERROR: ClassVar = {torch.float32: 1e-4, torch.bfloat16: 1e-4}
     MAX_GRADIENT_ERROR: ClassVar = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
-    PROVIDERS: ClassVar = {
-        OURS: ours,
-        UNFUSED: unfused,
-        "trl": trl,
-        "liger": liger,
-        "liger tf32": with_tf32(liger),
-        "naive": naive,
-        "torch.compile": compiled,
-    }
+
+    @functools.cached_property
+    def PROVIDERS(self) -> dict[str, Callable[[Inputs], Tensor]]:
+        full_logits = {"naive": naive, "torch.compile": compiled}
+        if self.topk:  # TRL and Liger gather no top-K log-probs
+            return {OURS: ours, UNFUSED: unfused, **full_logits}
+        return {OURS: ours, UNFUSED: unfused, "trl": trl, "liger": liger, "liger tf32": with_tf32(liger), **full_logits}
 
     def inputs(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
         g = torch.Generator(device).manual_seed(0)
@@ -191,11 +188,6 @@ def _spec(x: Inputs):  # type: ignore[no-untyped-def]
     from dppo_kernels import PRESETS
 
     return PRESETS["dapo" if x.topk_ids is None else "dppo_topk_tv"]
-
-
-def _refuse_topk(x: Inputs) -> None:
-    if x.topk_ids is not None:
-        raise NotImplementedError("it gathers no top-K log-probs")
 
 
 def _rollout(

@@ -10,8 +10,17 @@ from dppo_kernels import _backend, _checks
 from dppo_kernels._numerics import stat_dtype
 from dppo_kernels.aggregate import reduction_weights
 from dppo_kernels.distill import logits_torch
+from dppo_kernels.distill.contract import (
+    aux_of,
+    check_loss_mask,
+    check_precisions,
+    check_row_temperature,
+    check_vocabularies,
+    finish_distill_loss,
+    loss_weights,
+    split_counted_temperature,
+)
 from dppo_kernels.distill.kinds import Kind, resolve_kind
-from dppo_kernels.distill.op import DistillAux, check_row_temperature, finish_distill_loss, split_counted_temperature
 from dppo_kernels.distill.reference import RowDivergence, divergence_ref
 from dppo_kernels.token_logprobs.op import as_row_blocks
 
@@ -58,25 +67,18 @@ def distill_loss(
     Source: as of `linear_distill_loss`.
     """
     divergence = resolve_kind(kind, beta)
-    _checks.check_mask("loss_mask", loss_mask)
-    if loss_mask.dim() not in (1, 2):
-        raise ValueError(f"`loss_mask` must be [B, T] or [N], got {list(loss_mask.shape)}")
-    for argument, value in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+    check_loss_mask(loss_mask)
+    names = ("student_logits", "teacher_logits")
+    for argument, value in zip(names, (student_logits, teacher_logits), strict=True):
         _checks.check_floating(argument, value)
         if value.dim() != loss_mask.dim() + 1 or value.shape[:-1] != loss_mask.shape:
             raise ValueError(f"`{argument}` must be [*loss_mask.shape, V], got {list(value.shape)} for {list(loss_mask.shape)}")
-    own, other = student_logits.shape[-1], teacher_logits.shape[-1]
-    if own != other:
-        raise ValueError(
-            f"`student_logits` has a vocabulary of {own} and `teacher_logits` one of {other}: they must be over the same tokens"
-        )
+    check_vocabularies(names, (student_logits.shape[-1], teacher_logits.shape[-1]))
     for argument, value in (("teacher_logits", teacher_logits), ("loss_mask", loss_mask)):
         _checks.check_device(argument, value, "student_logits", student_logits)
     _checks.check_temperature(temperature, "loss_mask", loss_mask)
+    check_precisions(names, (student_logits.dtype, teacher_logits.dtype))
     dtype = stat_dtype(student_logits.dtype)
-    if stat_dtype(teacher_logits.dtype) != dtype:
-        got = f"`student_logits` is {student_logits.dtype} and `teacher_logits` is {teacher_logits.dtype}"
-        raise TypeError(f"{got}: both or none in float64")
     name = _backend.resolve("distill_loss", backend, student_logits.device, student_logits.dtype)
     weight = reduction_weights(loss_mask, "token_mean", denominator=denominator, max_length=None, dtype=dtype)
     mask = loss_mask.reshape(-1)
@@ -98,13 +100,9 @@ def distill_loss(
                 name,
             )[:3]
         )
-    weights = row_or_scalar * row_or_scalar if t_squared else 1.0
-    loss = (found.divergence * weights).sum(dtype=torch.float64).to(dtype) * weight
-    aux = DistillAux(
-        found.divergence.detach().reshape(loss_mask.shape),
-        found.entropy.reshape(loss_mask.shape) if with_entropy else None,
-        found.agrees.reshape(loss_mask.shape) if with_agreement else None,
-    )
+    weighted = found.divergence * loss_weights(row_or_scalar, t_squared)
+    loss = weighted.sum(dtype=torch.float64).to(dtype) * weight
+    aux = aux_of(found, loss_mask.shape, with_entropy=with_entropy, with_agreement=with_agreement)
     return finish_distill_loss(loss, aux, loss_mask, return_aux)
 
 

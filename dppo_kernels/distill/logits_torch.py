@@ -24,12 +24,8 @@ def distill_loss_fwd(
     with_agreement: bool,
 ) -> tuple[RowDivergence, Tensor]:
     """Rows (0 where they do not count), and nothing else."""
-    n, dtype = mask.shape[0], stat_dtype(student.dtype)
-    whole = RowDivergence(
-        student.new_zeros(n, dtype=dtype),
-        student.new_zeros(n if with_entropy else 0, dtype=dtype),
-        torch.zeros(n if with_agreement else 0, dtype=torch.bool, device=mask.device),
-    )
+    asked = {"with_entropy": with_entropy, "with_agreement": with_agreement}
+    whole = RowDivergence.zeros(mask, stat_dtype(student.dtype), **asked)
     for rows, z_s, z_t in _copies(student, teacher, mask, temperature):
         found = divergence_rows(z_s, z_t, kind, with_gradient=False, with_entropy=with_entropy, with_agreement=with_agreement)
         for out, values in zip(whole, found, strict=True):

@@ -25,11 +25,7 @@ def distill_loss_fwd(
 ) -> tuple[RowDivergence, Tensor]:
     """Rows (0 where they do not count), and what the backward needs of each: [N, 5]."""
     n, vocab = mask.shape[0], student.shape[2]
-    whole = RowDivergence(
-        student.new_zeros(n, dtype=torch.float32),
-        student.new_zeros(n if with_entropy else 0, dtype=torch.float32),
-        torch.zeros(n if with_agreement else 0, dtype=torch.bool, device=mask.device),
-    )
+    whole = RowDivergence.zeros(mask, torch.float32, with_entropy=with_entropy, with_agreement=with_agreement)
     saved = whole.divergence.new_zeros((n, N_SAVED.value))
     block_v, num_warps = pick_comparison_plan(capability(student.device))
     if n:

@@ -1,35 +1,36 @@
 """Public `linear_distill_loss` and its custom op ``dppo_kernels::linear_distill_loss``."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dppo_kernels import _backend, _checks
 from dppo_kernels._handover import hand_over, keep_gradients
-from dppo_kernels._lora import LoraWeight, split_head
-from dppo_kernels._numerics import autocast_dtype, split_temperature, stat_dtype
+from dppo_kernels._lora import LoraWeight, split_head, vocabulary
+from dppo_kernels._numerics import compute_dtype_of, stat_dtype
 from dppo_kernels.aggregate import reduction_weights
 from dppo_kernels.distill import torch_impl
+from dppo_kernels.distill.contract import (
+    aux_of,
+    check_loss_mask,
+    check_precisions,
+    check_row_temperature,
+    check_vocabularies,
+    finish_distill_loss,
+    loss_weights,
+    split_counted_temperature,
+)
 from dppo_kernels.distill.kinds import Kind, resolve_kind
 from dppo_kernels.distill.reference import RowDivergence, linear_divergence_ref
 from dppo_kernels.distill.task import Result, Task, pick_chunk_rows
 from dppo_kernels.linear_logprobs.op import check_head, pair
 from dppo_kernels.linear_logprobs.projection import Needs, Projection
-from dppo_kernels.policy import Stat, partial_sums
 
 # What temporaries of a row take beside the logits of both models, in bytes a logit: the student's gradient in 16 bits, which
 # kernels write for their GEMMs. The torch path writes it over the student's logits.
 _GRADIENT_BYTES = {"torch": 0, "triton": 2}
-
-
-class DistillAux(NamedTuple):
-    """Per-token results, detached; 0 behind the mask. What was not asked for is None."""
-
-    divergence: Tensor  # shape of the mask, nats; without T^2
-    student_entropy: Tensor | None  # nats, at the temperature
-    agrees: Tensor | None  # bool: the student's likeliest token is the teacher's
 
 
 def linear_distill_loss(
@@ -102,30 +103,24 @@ def linear_distill_loss(
     Source: Hinton et al. (1503.02531); GKD, Agarwal et al. (2306.13649) for the generalised JSD.
     """
     divergence = resolve_kind(kind, beta)
-    _checks.check_mask("loss_mask", loss_mask)
+    check_loss_mask(loss_mask)
     lead = ("loss_mask", loss_mask.shape)
-    if loss_mask.dim() not in (1, 2):
-        raise ValueError(f"`loss_mask` must be [B, T] or [N], got {list(loss_mask.shape)}")
     heads = {
         "student_": (student_hidden, student_weight, student_bias, student_logit_scale, student_softcap),
         "teacher_": (teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap),
     }
     for prefix, head in heads.items():
         check_head(*head, lead=lead, prefix=prefix)
-    own, other = (w.base.shape[0] if isinstance(w, LoraWeight) else w.shape[0] for w in (student_weight, teacher_weight))
-    if own != other:
-        raise ValueError(
-            f"`student_weight` has a vocabulary of {own} and `teacher_weight` one of {other}: they must be over the same tokens"
-        )
+    sizes = [vocabulary(weight) for weight in (student_weight, teacher_weight)]
+    check_vocabularies(("student_weight", "teacher_weight"), sizes)
     for argument, value in (("teacher_hidden", teacher_hidden), ("loss_mask", loss_mask)):
         _checks.check_device(argument, value, "student_hidden", student_hidden)
     _checks.check_temperature(temperature, *lead[:1], loss_mask)
     _checks.check_workspace_bytes(workspace_bytes)
     device = student_hidden.device
-    student_dtype, teacher_dtype = (_compute_dtype(x) for x in (student_hidden, teacher_hidden))
+    student_dtype, teacher_dtype = (compute_dtype_of(x) for x in (student_hidden, teacher_hidden))
+    check_precisions(("student_hidden", "teacher_hidden"), (student_dtype, teacher_dtype))
     dtype = stat_dtype(student_dtype)
-    if stat_dtype(teacher_dtype) != dtype:
-        raise TypeError(f"`student_hidden` is {student_dtype} and `teacher_hidden` is {teacher_dtype}: both or none in float64")
     name = _backend.resolve("linear_distill_loss", backend, device, student_dtype)
     weight = reduction_weights(loss_mask, "token_mean", denominator=denominator, max_length=None, dtype=dtype)
     mask = loss_mask.reshape(-1)
@@ -139,24 +134,12 @@ def linear_distill_loss(
         check_row_temperature(row_temperature)
         rows, other_rows = (torch.where(mask[:, None], x, 0.0) for x in (rows, other_rows))  # NaN would reach the gradients
         row_or_scalar = scalar_temperature if row_temperature is None else row_temperature
+        transforms = (row_or_scalar, student_logit_scale, student_softcap, student_dtype)
+        student = Projection(rows, base, student_bias, *transforms, pair(low_hidden, low_weight))
+        transforms = (row_or_scalar, teacher_logit_scale, teacher_softcap, teacher_dtype)
+        teacher = Projection(other_rows, fixed[1], teacher_bias, *transforms, pair(*fixed[2:]))
         with torch.autocast(device.type, enabled=False):
-            loss_sum, found = _reference(
-                _projection(
-                    rows,
-                    (base, low_hidden, low_weight),
-                    student_bias,
-                    row_or_scalar,
-                    student_logit_scale,
-                    student_softcap,
-                    student_dtype,
-                ),
-                _projection(
-                    *(other_rows, fixed[1:], teacher_bias, row_or_scalar, teacher_logit_scale, teacher_softcap, teacher_dtype)
-                ),
-                mask,
-                divergence,
-                t_squared,
-            )
+            loss_sum, found = _reference(student, teacher, mask, divergence, t_squared)
     else:
         inputs = (rows, base, None if student_bias is None else student_bias.contiguous(), low_hidden, low_weight)
         needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
@@ -183,31 +166,8 @@ def linear_distill_loss(
             name,
         )
         found = RowDivergence(*rows_found[:3])
-    aux = DistillAux(
-        found.divergence.detach().reshape(lead[1]),
-        found.entropy.reshape(lead[1]) if with_entropy else None,
-        found.agrees.reshape(lead[1]) if with_agreement else None,
-    )
+    aux = aux_of(found, loss_mask.shape, with_entropy=with_entropy, with_agreement=with_agreement)
     return finish_distill_loss(loss_sum * weight, aux, loss_mask, return_aux)
-
-
-def split_counted_temperature(temperature: float | Tensor, mask: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, float]:
-    """`split_temperature`, with 1 in rows that do not count: 0 times whatever stands there need not be 0."""
-    row_temperature, scalar = split_temperature(temperature, mask.shape[0], dtype)
-    return (None if row_temperature is None else torch.where(mask, row_temperature, 1.0)), scalar
-
-
-def check_row_temperature(row_temperature: Tensor | None) -> None:
-    """On CPU, where it costs no sync."""
-    if row_temperature is not None and row_temperature.device.type == "cpu":
-        _checks.check_row_temperature(row_temperature)
-
-
-def finish_distill_loss(loss: Tensor, aux: DistillAux, loss_mask: Tensor, return_aux: bool) -> Any:
-    """What distillation losses return."""
-    values = {"divergence": aux.divergence, "student_entropy": aux.student_entropy, "agreement": aux.agrees}
-    stats: dict[str, Stat] = {name: partial_sums(x, loss_mask) for name, x in values.items() if x is not None}
-    return (loss, stats, aux) if return_aux else (loss, stats)
 
 
 def explain_linear_distill_loss(
@@ -245,32 +205,12 @@ def _chunk_rows(
     return pick_chunk_rows(n_rows, vocab, bytes_per_logit, workspace_bytes, device, backend)
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    autocast = autocast_dtype(hidden.device)
-    return hidden.dtype if autocast is None or hidden.dtype == torch.float64 else autocast
-
-
-def _projection(
-    hidden: Tensor,
-    head: tuple[Tensor, Tensor | None, Tensor | None],
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    logit_scale: float,
-    softcap: float | None,
-    compute_dtype: torch.dtype,
-) -> Projection:
-    weight, *low_rank = head
-    return Projection(hidden, weight, bias, temperature, logit_scale, softcap, compute_dtype, pair(*low_rank))
-
-
 def _reference(
     student: Projection, teacher: Projection, mask: Tensor, kind: Kind, t_squared: bool
 ) -> tuple[Tensor, RowDivergence]:
     """Sum of the loss in the order of the rows, and rows with 0 where they do not count."""
     found = RowDivergence(*(torch.where(mask, x, 0) for x in linear_divergence_ref(student, teacher, kind)))
-    temperature = student.temperature
-    weights = temperature * temperature if t_squared else 1.0
-    return (found.divergence * weights).sum(), found
+    return (found.divergence * loss_weights(student.temperature, t_squared)).sum(), found
 
 
 @torch.library.custom_op("dppo_kernels::linear_distill_loss", mutates_args=())
@@ -304,14 +244,13 @@ def _op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_row_temperature(row_temperature)
     row_or_scalar = temperature if row_temperature is None else row_temperature
-    head = (weight, low_hidden, low_weight)
-    teacher_head = (teacher_weight, teacher_low_hidden, teacher_low_weight)
     scale, teacher_scale = logit_scales
+    transforms = (row_or_scalar, scale, softcap, compute_dtype)
+    teacher_transforms = (row_or_scalar, teacher_scale, teacher_softcap, teacher_compute_dtype)
+    teacher_low = pair(teacher_low_hidden, teacher_low_weight)
     task = Task(
-        _projection(hidden, head, bias, row_or_scalar, scale, softcap, compute_dtype),
-        _projection(
-            *(teacher_hidden, teacher_head, teacher_bias, row_or_scalar, teacher_scale, teacher_softcap, teacher_compute_dtype)
-        ),
+        Projection(hidden, weight, bias, *transforms, pair(low_hidden, low_weight)),
+        Projection(teacher_hidden, teacher_weight, teacher_bias, *teacher_transforms, teacher_low),
         mask,
         Kind(kind, beta),
         t_squared,

@@ -28,6 +28,16 @@ class RowDivergence(NamedTuple):
     entropy: Tensor  # [n] of the student, nats, detached
     agrees: Tensor  # bool [n]: a likeliest token of the student is one of the teacher's
 
+    @classmethod
+    def zeros(cls, mask: Tensor, dtype: torch.dtype, *, with_entropy: bool, with_agreement: bool) -> "RowDivergence":
+        """For the rows of `mask` [n]; what is not asked for is empty."""
+        n, device = mask.shape[0], mask.device
+        return cls(
+            torch.zeros(n, dtype=dtype, device=device),
+            torch.zeros(n if with_entropy else 0, dtype=dtype, device=device),
+            torch.zeros(n if with_agreement else 0, dtype=torch.bool, device=device),
+        )
+
 
 def divergence_ref(student: Tensor, teacher: Tensor, kind: Kind) -> RowDivergence:
     """Of rows of final logits [n, V] (temperature already applied); the gradient goes to the student's alone."""

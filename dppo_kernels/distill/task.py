@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dppo_kernels._tiling import DEFAULT_WORKSPACE_BYTES, MIN_ROWS, ROW_BLOCKS, TARGET_ROWS, balanced, kind_of
+from dppo_kernels.distill.contract import loss_weights
 from dppo_kernels.distill.kinds import Kind
 from dppo_kernels.distill.reference import RowDivergence
 from dppo_kernels.linear_logprobs.projection import Gradients, Needs, Projection
@@ -27,8 +28,7 @@ class Task:
 
     def loss_weights(self) -> float | Tensor:
         """What rows' divergences are multiplied by: a number or [N]."""
-        temperature = self.student.temperature
-        return temperature * temperature if self.t_squared else 1.0
+        return loss_weights(self.student.temperature, self.t_squared)
 
 
 @dataclass
@@ -41,18 +41,13 @@ class Result:
 
     @classmethod
     def empty(cls, task: Task) -> "Result":
-        x, n = task.student, task.mask.shape[0]
-        zeros = x.hidden.new_zeros(n, dtype=x.dtype)
-        rows = RowDivergence(
-            zeros,
-            zeros.new_zeros(n if task.with_entropy else 0),
-            torch.zeros(n if task.with_agreement else 0, dtype=torch.bool, device=zeros.device),
-        )
+        x = task.student
+        rows = RowDivergence.zeros(task.mask, x.dtype, with_entropy=task.with_entropy, with_agreement=task.with_agreement)
         gradients = (
             torch.zeros_like(i, dtype=x.dtype, memory_format=torch.contiguous_format) if need and i is not None else None
             for i, need in zip(x.inputs(), task.needs, strict=True)
         )
-        return cls(zeros.new_zeros((), dtype=torch.float64), rows, Gradients(*gradients))
+        return cls(rows.divergence.new_zeros((), dtype=torch.float64), rows, Gradients(*gradients))
 
 
 def pick_chunk_rows(

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from dppo_kernels import _checks
-from dppo_kernels._lora import LoraWeight
+from dppo_kernels._lora import LoraWeight, vocabulary
 from dppo_kernels._numerics import stat_dtype
 from dppo_kernels.aggregate import aggregate
+from dppo_kernels.distill.contract import DistillAux, check_loss_mask, finish_distill_loss, loss_weights
 from dppo_kernels.distill.kinds import resolve_kind
-from dppo_kernels.distill.op import DistillAux, finish_distill_loss
 from dppo_kernels.distill.reference import divergence_of_logprobs
 from dppo_kernels.divergence import MIN_OTHER
 from dppo_kernels.linear_logprobs.op import check_head, linear_logprobs
@@ -76,9 +76,7 @@ def topk_distill_loss(
     Source: as of `linear_distill_loss`; the bucket is that of DPPO's top-K divergences (2602.04879), see `divergence`.
     """
     divergence = resolve_kind(kind, beta)
-    _checks.check_mask("loss_mask", loss_mask)
-    if loss_mask.dim() not in (1, 2):
-        raise ValueError(f"`loss_mask` must be [B, T] or [N], got {list(loss_mask.shape)}")
+    check_loss_mask(loss_mask)
     lead = ("loss_mask", loss_mask.shape)
     head = (student_hidden, student_weight, student_bias, student_logit_scale, student_softcap)
     check_head(*head, lead=lead, prefix="student_")
@@ -96,8 +94,8 @@ def topk_distill_loss(
     teacher_ids = torch.where(present, teacher_ids, -1)
     # Here, where the argument has this name; what is compiled is left to the op below.
     if (teacher_ids.device.type == "cpu" or check_values) and not torch.compiler.is_compiling():
-        vocab = (student_weight.base if isinstance(student_weight, LoraWeight) else student_weight).shape[0]
-        _checks.check_values(teacher_ids.new_zeros(0), teacher_ids, None, vocab, None, gather_name="teacher_ids")
+        vocab, nothing = vocabulary(student_weight), teacher_ids.new_zeros(0)
+        _checks.check_values(nothing, teacher_ids, None, vocab, None, gather_name="teacher_ids")
     scores = linear_logprobs(
         student_hidden,
         student_weight,
@@ -118,8 +116,8 @@ def topk_distill_loss(
     log_q, log_p = (_with_other(x.double(), present) for x in (scores.gathered, teacher_logprobs.detach()))
     dtype = stat_dtype(scores.gathered.dtype)
     found = torch.where(loss_mask, divergence_of_logprobs(log_q, log_p, divergence), 0.0)
-    weights = temperature * temperature if t_squared else 1.0
-    loss = aggregate((found * weights), loss_mask, "token_mean", denominator=denominator).to(dtype)
+    weighted = found * loss_weights(temperature, t_squared)
+    loss = aggregate(weighted, loss_mask, "token_mean", denominator=denominator).to(dtype)
     entropy = None if scores.entropy is None else scores.entropy.detach()
     return finish_distill_loss(loss, DistillAux(found.detach().to(dtype), entropy, None), loss_mask, return_aux)
 

@@ -44,7 +44,8 @@ class _Launcher:
 
     def run(self) -> None:
         task = self.task
-        rows, teacher_rows = (compact_rows(x, task.mask) for x in (task.student, task.teacher))
+        rows = compact_rows(task.student, task.mask)
+        teacher_rows = compact_rows(task.teacher, task.mask, like=rows)
         weights = task.loss_weights()
         in_order = weights[rows.order] if isinstance(weights, Tensor) else weights
         factor = rows.inverse_temperature * (task.student.logit_scale * in_order)

@@ -279,11 +279,17 @@ def rank_block(rank: int) -> int:
     return min(32, max(16, triton.next_power_of_2(rank)))
 
 
-def compact_rows(projection: Projection, active: Tensor) -> CompactRows:
-    """Gather the rows of `hidden` where `active` [N]; reads no other row and does not wait for the device."""
+def compact_rows(projection: Projection, active: Tensor, like: CompactRows | None = None) -> CompactRows:
+    """Gather the rows of `hidden` where `active` [N]; reads no other row and does not wait for the device.
+
+    `like` holds other hidden states of the same rows, whose order serves again.
+    """
     n, compute_dtype = active.shape[0], projection.compute_dtype
-    order = torch.sort(active.to(torch.int8), descending=True, stable=True).indices
-    count = active.sum(dtype=torch.int32).reshape(1)
+    if like is None:
+        order = torch.sort(active.to(torch.int8), descending=True, stable=True).indices
+        count = active.sum(dtype=torch.int32).reshape(1)
+    else:
+        order, count = like.order, like.n_active
 
     def compact(source: Tensor) -> Tensor:
         # The kernel rounds to the compute dtype as it stores, except in the interpreter, which rounds bfloat16 wrongly.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dppo_kernels import _backend, _checks
 from dppo_kernels._lora import LoraWeight, split_head
-from dppo_kernels._numerics import autocast_dtype, split_temperature, stat_dtype
+from dppo_kernels._numerics import autocast_dtype, compute_dtype_of, split_temperature, stat_dtype
 from dppo_kernels._row_stats import OUTPUTS, Upstream
 from dppo_kernels._tiling import DEFAULT_WORKSPACE_BYTES, TARGET_ROWS, kind_of
 from dppo_kernels.linear_logprobs import torch_impl, unit_gradient
@@ -89,8 +89,7 @@ def linear_logprobs(
     for output in outputs:
         _checks.check_choice("outputs", output, OUTPUTS)
     _checks.check_workspace_bytes(workspace_bytes)
-    autocast = autocast_dtype(hidden.device)
-    compute_dtype = hidden.dtype if autocast is None or hidden.dtype == torch.float64 else autocast
+    compute_dtype = compute_dtype_of(hidden)
     name = _backend.resolve("linear_logprobs", backend, hidden.device, compute_dtype)
     lead, hidden_size = ids.shape, hidden.shape[-1]
     hidden = hidden.reshape(-1, hidden_size)

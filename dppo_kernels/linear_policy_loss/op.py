@@ -10,7 +10,7 @@ from torch import Tensor
 from dppo_kernels import _backend, _checks
 from dppo_kernels._handover import hand_over, keep_gradients
 from dppo_kernels._lora import LoraWeight, split_head
-from dppo_kernels._numerics import autocast_dtype, split_temperature, stat_dtype
+from dppo_kernels._numerics import compute_dtype_of, split_temperature, stat_dtype
 from dppo_kernels._tiling import DEFAULT_WORKSPACE_BYTES, ROW_BLOCKS, TARGET_ROWS, kind_of
 from dppo_kernels.aggregate import reduction_weights
 from dppo_kernels.linear_logprobs.op import check_linear_arguments, implementation, pair
@@ -118,8 +118,7 @@ def linear_policy_loss(
     _checks.check_workspace_bytes(workspace_bytes)
     if workspace_bytes is None:
         workspace_bytes = DEFAULT_WORKSPACE_BYTES[kind_of(hidden.device)]
-    autocast = autocast_dtype(hidden.device)
-    compute_dtype = hidden.dtype if autocast is None or hidden.dtype == torch.float64 else autocast
+    compute_dtype = compute_dtype_of(hidden)
     name = _backend.resolve("linear_policy_loss", backend, hidden.device, compute_dtype)
     reports_entropy = with_entropy or spec.entropy_coef != 0
     if name == "reference":
