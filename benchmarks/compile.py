@@ -74,11 +74,10 @@ def _cases(architecture: str, *, described: bool) -> list[Case]:
     from dppo_kernels._tiling import pick_comparison_plan, pick_gae_plan, pick_grad_plan, pick_lse_plan, pick_row_plan
     from dppo_kernels.distill import kernels as distill
     from dppo_kernels.gae.kernels import gae_kernel
-    from dppo_kernels.linear_logprobs import kernels, kernels_bwd, kernels_exp, kernels_unit
+    from dppo_kernels.linear_logprobs import kernels, kernels_bwd, kernels_chunk, kernels_exp, kernels_rows, kernels_unit
+    from dppo_kernels.linear_logprobs.groups_triton import COPY_BLOCK
     from dppo_kernels.linear_logprobs.kernels_exp import ROW_BLOCK
-    from dppo_kernels.linear_policy_loss import kernels as policy
     from dppo_kernels.linear_policy_loss.kernels_rows import policy_row_kernel
-    from dppo_kernels.linear_policy_loss.triton_impl import COPY_BLOCK
     from dppo_kernels.token_logprobs import kernels as token
     from dppo_kernels.value_loss.kernels import BLOCK, value_loss_kernel
 
@@ -298,8 +297,7 @@ def _cases(architecture: str, *, described: bool) -> list[Case]:
         )
     )
     per_row = {
-        f"{name}_ptr": FP32
-        for name in ("advantages", "weights", "anchor_logprobs", "ref", "token_weights", "rollout_topk", "dlogprobs_in")
+        f"{name}_ptr": FP32 for name in ("advantages", "weights", "anchor_logprobs", "ref", "token_weights", "rollout_topk")
     }
     row_types = {
         **common,
@@ -322,15 +320,15 @@ def _cases(architecture: str, *, described: bool) -> list[Case]:
             1,
         ),
         Case(
-            policy.entropy_gradient_kernel,
+            kernels_chunk.entropy_gradient_kernel,
             f"{ROW_BLOCK}x128",
             {**common, **chunk},
             {"HAS_SOFTCAP": True, "COLS": padded, "BLOCK_N": ROW_BLOCK, "BLOCK_V": 128},
             4,
         ),
-        Case(policy.move_rows_kernel, f"{COPY_BLOCK}", {**common, **chunk}, {"COLS": padded, "BLOCK_V": COPY_BLOCK}, 4),
+        Case(kernels_chunk.move_rows_kernel, f"{COPY_BLOCK}", {**common, **chunk}, {"COLS": padded, "BLOCK_V": COPY_BLOCK}, 4),
         Case(
-            policy.scale_rows_kernel,
+            kernels_chunk.scale_rows_kernel,
             f"{COPY_BLOCK}",
             {**common, **chunk, "hidden_ptr": bf16, "out_ptr": bf16},
             {"COLS": padded, "UPCAST": False, "BLOCK_H": COPY_BLOCK},
@@ -338,7 +336,13 @@ def _cases(architecture: str, *, described: bool) -> list[Case]:
         ),
         Case(kernels_exp.scatter_rows_kernel, f"{COPY_BLOCK}", {**common, **chunk}, {"BLOCK_H": COPY_BLOCK}, 4),
     ]
-    for surrogate, kind in (("clip", ""), ("divergence", "binary_kl"), ("divergence", "topk_kl"), ("given", "")):
+    by_group = {**common, **chunk, **finished, "dlogprobs_ptr": FP32, "is_top1_ptr": BOOL, "entropy_weight_ptr": FP32}
+    for kernel, asked in (
+        (kernels_rows.row_scores_kernel, ("ENTROPY", "TOP1")),
+        (kernels_rows.row_operands_kernel, ("HAS_SOFTCAP", "ENTROPY", "ENTROPY_GRADIENT")),
+    ):
+        found.append(Case(kernel, f"{ROW_BLOCK} rows", by_group, {**dict.fromkeys(asked, True), "BLOCK_N": ROW_BLOCK}, 1))
+    for surrogate, kind in (("clip", ""), ("divergence", "binary_kl"), ("divergence", "topk_kl")):
         found.append(
             Case(
                 policy_row_kernel,

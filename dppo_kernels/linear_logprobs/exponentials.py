@@ -27,8 +27,10 @@ class Scores(NamedTuple):
     """Statistics of scored rows."""
 
     logprobs: Tensor  # [n]
-    entropy: Tensor | None  # [n]
-    gathered: Tensor | None  # [n, K] log-probs of `topk_ids`
+    entropy: Tensor | None = None  # [n]
+    gathered: Tensor | None = None  # [n, K] log-probs of ids that were asked for
+    is_top1: Tensor | None = None  # bool [n]
+    log_sum_sq_probs: Tensor | None = None  # [n], where logits are not kept
 
     def spread(self, places: Tensor, n: int) -> "Scores":
         """Among `n` rows, at `places`; zeros elsewhere."""
@@ -47,6 +49,7 @@ class Exponentials(NamedTuple):
     target_slope: Tensor | None  # [n] 1 - tanh^2 at t
     rest: Tensor  # [n] R
     dot: Tensor | None  # [n] sum_{v != t} e_v (z_v - c)
+    top: Tensor | None = None  # [n] max_{v != t} z_v - c
 
     def total(self) -> Tensor:
         """S [n]."""
@@ -59,16 +62,17 @@ class Exponentials(NamedTuple):
     def scores(self, gathered: Tensor | None, gather_ids: Tensor | None) -> Scores:
         """Log-probs and entropy; `gathered` holds the logits [n, K] of `gather_ids`, of which negative ones give 0."""
         log_total = self.log_total()
+        above = self.target - self.anchor  # 0, or so low that it does not count
         entropy = None
         if self.dot is not None:
-            above = self.target - self.anchor  # 0, or so low that it does not count
             dot = self.dot + above.exp() * above.clamp(min=FINITE_MINUS_INF)
             entropy = (log_total - dot / self.total()).clamp_(min=0.0)
         logprobs = None
         if gathered is not None and gather_ids is not None:
             logprobs = (gathered - self.anchor[:, None]) - log_total[:, None]
             logprobs = logprobs.clamp_(max=0.0).masked_fill_(gather_ids < 0, 0.0)
-        return Scores(((self.target - self.anchor) - log_total).clamp_(max=0.0), entropy, logprobs)
+        is_top1 = None if self.top is None else above >= self.top
+        return Scores((above - log_total).clamp_(max=0.0), entropy, logprobs, is_top1)
 
     def keep_rows(self, keep: Tensor) -> tuple["Exponentials", Tensor]:
         """The rows where `keep`, in place, and which rows [n2] they were: those at the end fill the holes before them."""
@@ -86,23 +90,31 @@ class Exponentials(NamedTuple):
 
 
 def exponentials(
-    x: Projection, ids: Tensor, gather_ids: Tensor | None, out: Tensor, *, with_entropy: bool, fold_slope: bool
+    x: Projection,
+    ids: Tensor,
+    gather_ids: Tensor | None,
+    out: Tensor,
+    *,
+    with_entropy: bool,
+    fold_slope: bool,
+    with_top: bool = False,
 ) -> tuple[Exponentials, Tensor | None]:
     """Exponentials of all rows of `x` in `out` [n, V], and the logits [n, K] of `gather_ids`. FLOPs 2 n HV.
 
     Args:
         with_entropy: sum ``e (z - c)`` as well.
         fold_slope: multiply the derivative of a soft-cap into the values.
+        with_top: find the largest logit as well.
     """
     target, slope = x.logits_at(x.hidden_rows(slice(0, ids.shape[0])), ids[:, None])
     target = target.squeeze(1)
-    found, gathered = _fold(x, ids, gather_ids, out, target, target, with_entropy, fold_slope)
+    found, gathered = _fold(x, ids, gather_ids, out, target, target, with_entropy, fold_slope, with_top)
     fits = found.rest <= LARGEST_SUM  # False for NaN
     if not bool(fits.all()):
         for cols, w in weight_tiles(x):
             x.logits(x.hidden_rows(slice(0, ids.shape[0])), w, slice(0, ids.shape[0]), cols, out[:, cols])
         anchor = torch.where(fits, target, out.amax(1))
-        found, gathered = _fold(x, ids, gather_ids, out, anchor, target, with_entropy, fold_slope)
+        found, gathered = _fold(x, ids, gather_ids, out, anchor, target, with_entropy, fold_slope, with_top)
     return found._replace(target_slope=None if slope is None else slope.squeeze(1)), gathered
 
 
@@ -147,12 +159,14 @@ def _fold(
     target: Tensor,
     with_entropy: bool,
     fold_slope: bool,
+    with_top: bool,
 ) -> tuple[Exponentials, Tensor | None]:
     n = ids.shape[0]
     rows = slice(0, n)
     h = x.hidden_rows(rows)
     rest = torch.zeros_like(anchor)
     dot = torch.zeros_like(anchor) if with_entropy else None
+    top = torch.full_like(anchor, -torch.inf) if with_top else None
     gathered = None if gather_ids is None else anchor.new_zeros(gather_ids.shape)
     for cols, w in weight_tiles(x):
         x.logits(h, w, rows, cols, out[:, cols])
@@ -168,6 +182,8 @@ def _fold(
             slope = 1 - x.bent(tile, slice(None)).square() if fold_slope and x.softcap is not None else None
             tile -= anchor[:, None]
             _exclude_columns(tile, ids - first)
+            if top is not None:
+                torch.maximum(top, tile.amax(1), out=top)
             if dot is None:
                 tile.exp_()
             else:
@@ -177,7 +193,7 @@ def _fold(
             rest += tile.sum(1)
             if slope is not None:
                 tile *= slope
-    return Exponentials(out, ids, anchor, target, None, rest, dot), gathered
+    return Exponentials(out, ids, anchor, target, None, rest, dot, top), gathered
 
 
 def _exclude_columns(tile: Tensor, local: Tensor) -> None:

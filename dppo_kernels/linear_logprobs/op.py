@@ -11,8 +11,9 @@ from dppo_kernels._lora import LoraWeight, split_head
 from dppo_kernels._numerics import autocast_dtype, compute_dtype_of, split_temperature, stat_dtype
 from dppo_kernels._row_stats import OUTPUTS, Upstream
 from dppo_kernels._tiling import DEFAULT_WORKSPACE_BYTES, TARGET_ROWS, kind_of
-from dppo_kernels.linear_logprobs import torch_impl, unit_gradient
+from dppo_kernels.linear_logprobs import groups_torch, torch_impl, unit_gradient
 from dppo_kernels.linear_logprobs.design import Design, choose_design
+from dppo_kernels.linear_logprobs.groups import GroupResult, GroupTask, two_pass
 from dppo_kernels.linear_logprobs.projection import Gradients, Needs, Projection
 from dppo_kernels.linear_logprobs.reference import linear_logprobs_ref
 
@@ -304,6 +305,17 @@ def unit_implementation(backend: str) -> tuple[Callable[..., dict[str, Tensor]],
 
         return kernels_unit.unit_gradient_fwd, kernels_unit.unit_gradient_bwd
     return unit_gradient.unit_gradient_fwd, unit_gradient.unit_gradient_bwd
+
+
+def run_groups(task: GroupTask, backend: str) -> GroupResult:
+    """A loss whose coefficients become known group by group, on a backend."""
+    if task.design.name in ("score", "recompute"):
+        return two_pass(task, *implementation(backend))
+    if backend == "triton":
+        from dppo_kernels.linear_logprobs import groups_triton
+
+        return groups_triton.run_groups(task)
+    return groups_torch.run_groups(task)
 
 
 def _pack(values: dict[str, Tensor], asked: frozenset[str], dtype: torch.dtype, like: Tensor) -> Any:

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from dppo_kernels._tl import nonpositive, settle_on_max
+from dppo_kernels.linear_logprobs.kernels_rows import chunk_row, score_row, store_operands, store_scores
 
 LOG_RATIO_LIMIT = tl.constexpr(20.0)  # estimators.LOG_RATIO_LIMIT
 LOGPROB_CEILING = tl.constexpr(-1e-9)  # _numerics.LOGPROB_CEILING
@@ -35,7 +36,6 @@ def policy_row_kernel(
     rollout_topk_ptr,
     topk_valid_ptr,
     entropy_weight_ptr,  # [1] dL/dH
-    dlogprobs_in_ptr,  # [N] caller's order: given where the ratio is of a sequence
     logprobs_ptr,  # outputs [N] in the caller's order
     entropy_ptr,
     factor_ptr,  # this and the next five: [rows of a chunk]
@@ -58,7 +58,7 @@ def policy_row_kernel(
     sapo_pos,
     sapo_neg,
     beta,
-    SURROGATE: tl.constexpr,  # of PolicyLossSpec, or "score": log-probs only, or "given": g is dlogprobs_in
+    SURROGATE: tl.constexpr,  # of PolicyLossSpec
     DIVERGENCE: tl.constexpr,
     N_STATS: tl.constexpr,
     HAS_CAP: tl.constexpr,
@@ -73,174 +73,131 @@ def policy_row_kernel(
     ENTROPY_GRADIENT: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    local_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = local_n < chunk_rows
-    active = inside & (first_row + local_n < tl.load(count_ptr))
-    place = (first_row + local_n).to(tl.int64)
-    row = tl.load(order_ptr + place, mask=active, other=0).to(tl.int64)
+    local_n, inside, active, place, row = chunk_row(order_ptr, count_ptr, first_row, chunk_rows, BLOCK_N)
     K = K1 - 1
-
-    target = tl.load(z_ptr + place * K1, mask=active, other=0.0).to(tl.float64)
-    anchor = tl.load(anchor_ptr + local_n, mask=active, other=0.0).to(tl.float64)
-    rest = tl.load(rest_ptr + local_n, mask=active, other=0.0).to(tl.float64)
-    e_target = tl.exp(target - anchor)
-    total = rest + e_target
-    log_total = tl.log(total)
-    logp = nonpositive((target - anchor) - log_total)
-    entropy = tl.zeros([BLOCK_N], tl.float64)
-    if ENTROPY:
-        dot = tl.load(dot_ptr + local_n, mask=active, other=0.0).to(tl.float64)
-        dot += tl.where(e_target > 0, e_target * (target - anchor), 0.0)
-        entropy = tl.maximum(log_total - dot / total, 0.0)
-    if SURROGATE != "given":
-        tl.store(logprobs_ptr + row, logp.to(tl.float32), mask=active)
-        if ENTROPY:
-            tl.store(entropy_ptr + row, entropy.to(tl.float32), mask=active)
-    if SURROGATE != "score":
-        if SURROGATE == "given":
-            g = tl.load(dlogprobs_in_ptr + row, mask=active, other=0.0).to(tl.float64)
+    target, anchor, rest, e_target, total, log_total, logp, entropy = score_row(
+        z_ptr, anchor_ptr, rest_ptr, dot_ptr, place * K1, local_n, active, ENTROPY, BLOCK_N
+    )
+    store_scores(logprobs_ptr, entropy_ptr, row, logp, entropy, active, ENTROPY)
+    advantage = tl.load(advantages_ptr + row, mask=active, other=0.0).to(tl.float64)
+    weight = tl.load(weights_ptr + row, mask=active, other=0.0).to(tl.float64)
+    base = logp
+    if HAS_ANCHOR:
+        base = tl.load(anchor_logprobs_ptr + row, mask=active, other=0.0).to(tl.float64)
+    x = logp - base
+    x = tl.where(logp == base, 0.0, x)  # -inf - -inf
+    ratio = tl.exp(tl.minimum(tl.maximum(x, -LOG_RATIO_LIMIT), LOG_RATIO_LIMIT))
+    through = (tl.abs(x) <= LOG_RATIO_LIMIT).to(tl.float64)
+    zero = tl.zeros([BLOCK_N], tl.float64)
+    keep = zero + 1.0
+    on_logp, on_ratio, loss = zero, zero, zero
+    stats = stats_ptr + (first_program + tl.program_id(0)) * N_STATS * 2
+    stat = 0
+    if SURROGATE == "clip":
+        low, high = 1.0 - epsilon_low, 1.0 + epsilon_high
+        clipped = tl.minimum(tl.maximum(ratio, low), high)
+        capped = ratio
+        below_cap = zero + 1.0
+        if HAS_CAP:
+            capped = tl.minimum(ratio, ratio_cap)
+            below_cap = (ratio <= ratio_cap).to(tl.float64)
+        between = ((ratio >= low) & (ratio <= high)).to(tl.float64)
+        first, second = capped * advantage, clipped * advantage
+        loss = -tl.minimum(first, second)
+        on_first = tl.where(first == second, 0.5, (first < second).to(tl.float64))
+        on_ratio = -advantage * (on_first * below_cap + (1.0 - on_first) * between)
+        clipped_low = ((ratio < low) & (advantage < 0)).to(tl.float64)
+        clipped_high = ((ratio > high) & (advantage > 0)).to(tl.float64)
+        keep = 1.0 - clipped_low - clipped_high
+        stat = put(stats, stat, clipped_low, active)
+        stat = put(stats, stat, clipped_high, active)
+    elif SURROGATE == "cispo":
+        on_logp = -tl.minimum(ratio, epsilon_high) * advantage
+        loss = tl.where(on_logp == 0, 0.0, on_logp * logp)
+        stat = put(stats, stat, (ratio > epsilon_high).to(tl.float64), active)
+    elif SURROGATE == "sapo":
+        tau = tl.where(advantage > 0, sapo_pos, sapo_neg)
+        gate = 1.0 / (1.0 + tl.exp(-tau * (ratio - 1.0)))
+        loss = -advantage * (4.0 / tau) * gate
+        on_ratio = -4.0 * advantage * gate * (1.0 - gate)
+    else:
+        if DIVERGENCE == "binary_tv":
+            d = tl.abs(tl.exp(base) - tl.exp(logp))
+        elif DIVERGENCE == "binary_kl":
+            m = tl.exp(base)
+            sampled = tl.where(m > 0, m * (base - logp), 0.0)
+            others = (1.0 - m) * (log1mexp(base) - log1mexp(logp))
+            d = tl.maximum(sampled + others, 0.0)
         else:
-            advantage = tl.load(advantages_ptr + row, mask=active, other=0.0).to(tl.float64)
-            weight = tl.load(weights_ptr + row, mask=active, other=0.0).to(tl.float64)
-            base = logp
-            if HAS_ANCHOR:
-                base = tl.load(anchor_logprobs_ptr + row, mask=active, other=0.0).to(tl.float64)
-            x = logp - base
-            x = tl.where(logp == base, 0.0, x)  # -inf - -inf
-            ratio = tl.exp(tl.minimum(tl.maximum(x, -LOG_RATIO_LIMIT), LOG_RATIO_LIMIT))
-            through = (tl.abs(x) <= LOG_RATIO_LIMIT).to(tl.float64)
-            zero = tl.zeros([BLOCK_N], tl.float64)
-            keep = zero + 1.0
-            on_logp, on_ratio, loss = zero, zero, zero
-            stats = stats_ptr + (first_program + tl.program_id(0)) * N_STATS * 2
-            stat = 0
-            if SURROGATE == "clip":
-                low, high = 1.0 - epsilon_low, 1.0 + epsilon_high
-                clipped = tl.minimum(tl.maximum(ratio, low), high)
-                capped = ratio
-                below_cap = zero + 1.0
-                if HAS_CAP:
-                    capped = tl.minimum(ratio, ratio_cap)
-                    below_cap = (ratio <= ratio_cap).to(tl.float64)
-                between = ((ratio >= low) & (ratio <= high)).to(tl.float64)
-                first, second = capped * advantage, clipped * advantage
-                loss = -tl.minimum(first, second)
-                on_first = tl.where(first == second, 0.5, (first < second).to(tl.float64))
-                on_ratio = -advantage * (on_first * below_cap + (1.0 - on_first) * between)
-                clipped_low = ((ratio < low) & (advantage < 0)).to(tl.float64)
-                clipped_high = ((ratio > high) & (advantage > 0)).to(tl.float64)
-                keep = 1.0 - clipped_low - clipped_high
-                stat = put(stats, stat, clipped_low, active)
-                stat = put(stats, stat, clipped_high, active)
-            elif SURROGATE == "cispo":
-                on_logp = -tl.minimum(ratio, epsilon_high) * advantage
-                loss = tl.where(on_logp == 0, 0.0, on_logp * logp)
-                stat = put(stats, stat, (ratio > epsilon_high).to(tl.float64), active)
-            elif SURROGATE == "sapo":
-                tau = tl.where(advantage > 0, sapo_pos, sapo_neg)
-                gate = 1.0 / (1.0 + tl.exp(-tau * (ratio - 1.0)))
-                loss = -advantage * (4.0 / tau) * gate
-                on_ratio = -4.0 * advantage * gate * (1.0 - gate)
+            other_m, other_p, gap, kept = zero + 1.0, zero + 1.0, zero, zero
+            row_max = tl.maximum(anchor, tl.load(top_ptr + local_n, mask=active, other=0.0).to(tl.float64))
+            log_sum = log_total - (row_max - anchor)
+            for k in range(K):
+                z = tl.load(z_ptr + place * K1 + 1 + k, mask=active, other=0.0).to(tl.float64)
+                log_p = (settle_on_max(z, row_max, log_sum) - anchor) - log_total
+                log_p = tl.where(tl.load(topk_ids_ptr + row * K + k, mask=active, other=-1) >= 0, nonpositive(log_p), 0.0)
+                log_m = tl.load(rollout_topk_ptr + row * K + k, mask=active, other=0.0).to(tl.float64)
+                m, p = tl.exp(log_m), tl.exp(log_p)
+                if HAS_VALID:
+                    valid = tl.load(topk_valid_ptr + row * K + k, mask=active, other=0).to(tl.int1)
+                    m, p = tl.where(valid, m, 0.0), tl.where(valid, p, 0.0)
+                gap += tl.abs(m - p)
+                kept += tl.where(m > 0, m * (log_m - log_p), 0.0)
+                other_m -= m
+                other_p -= p
+            other_m, other_p = tl.maximum(other_m, MIN_OTHER), tl.maximum(other_p, MIN_OTHER)
+            if DIVERGENCE == "topk_tv":
+                d = (gap + tl.abs(other_m - other_p)) / 2.0
             else:
-                if DIVERGENCE == "binary_tv":
-                    d = tl.abs(tl.exp(base) - tl.exp(logp))
-                elif DIVERGENCE == "binary_kl":
-                    m = tl.exp(base)
-                    sampled = tl.where(m > 0, m * (base - logp), 0.0)
-                    others = (1.0 - m) * (log1mexp(base) - log1mexp(logp))
-                    d = tl.maximum(sampled + others, 0.0)
-                else:
-                    other_m, other_p, gap, kept = zero + 1.0, zero + 1.0, zero, zero
-                    row_max = tl.maximum(anchor, tl.load(top_ptr + local_n, mask=active, other=0.0).to(tl.float64))
-                    log_sum = log_total - (row_max - anchor)
-                    for k in range(K):
-                        z = tl.load(z_ptr + place * K1 + 1 + k, mask=active, other=0.0).to(tl.float64)
-                        log_p = (settle_on_max(z, row_max, log_sum) - anchor) - log_total
-                        log_p = tl.where(
-                            tl.load(topk_ids_ptr + row * K + k, mask=active, other=-1) >= 0, nonpositive(log_p), 0.0
-                        )
-                        log_m = tl.load(rollout_topk_ptr + row * K + k, mask=active, other=0.0).to(tl.float64)
-                        m, p = tl.exp(log_m), tl.exp(log_p)
-                        if HAS_VALID:
-                            valid = tl.load(topk_valid_ptr + row * K + k, mask=active, other=0).to(tl.int1)
-                            m, p = tl.where(valid, m, 0.0), tl.where(valid, p, 0.0)
-                        gap += tl.abs(m - p)
-                        kept += tl.where(m > 0, m * (log_m - log_p), 0.0)
-                        other_m -= m
-                        other_p -= p
-                    other_m, other_p = tl.maximum(other_m, MIN_OTHER), tl.maximum(other_p, MIN_OTHER)
-                    if DIVERGENCE == "topk_tv":
-                        d = (gap + tl.abs(other_m - other_p)) / 2.0
-                    else:
-                        d = tl.maximum(kept + other_m * tl.log(other_m / other_p), 0.0)
-                too_high = (advantage > 0) & (logp > base) & (d > epsilon_high)
-                too_low = (advantage < 0) & (logp < base) & (d > epsilon_low)
-                masked = (too_high | too_low).to(tl.float64)
-                keep = 1.0 - masked
-                stat = put(stats, stat, d, active)
-                stat = put(stats, stat, masked, active)
-                stat = put(stats, stat, tl.where(advantage > 0, masked, 0.0), active)
-                stat = put(stats, stat, tl.where(advantage < 0, masked, 0.0), active)
-                capped = ratio
-                if HAS_CAP:
-                    capped = tl.minimum(ratio, ratio_cap)
-                    stat = put(stats, stat, (ratio > ratio_cap).to(tl.float64), active)
-                on_logp = -advantage * capped * keep
-                loss = tl.where(on_logp == 0, 0.0, on_logp * logp)
-            stat = put(stats, stat, ratio, active)
-            stat = put(stats, stat, ratio * ratio, active)
-            stat = put(stats, stat, tl.abs(tl.exp(logp) - tl.exp(base)), active)
-            stat = put(stats, stat, base - logp, active)
-            stat = put(stats, stat, -advantage * ratio * keep, active)
-            if HAS_TOKEN_WEIGHTS:
-                token_weight = tl.load(token_weights_ptr + row, mask=active, other=0.0).to(tl.float64)
-                loss, on_logp, on_ratio = loss * token_weight, on_logp * token_weight, on_ratio * token_weight
-            if HAS_REF:
-                y = logp - tl.load(ref_ptr + row, mask=active, other=0.0).to(tl.float64)
-                bounded = tl.minimum(tl.maximum(y, -LOG_RATIO_LIMIT), LOG_RATIO_LIMIT)
-                k3 = tl.exp(-bounded) - 1.0 + bounded
-                slope = tl.where(tl.abs(y) <= LOG_RATIO_LIMIT, 1.0 - tl.exp(-bounded), 0.0)
-                if KL_WEIGHTED:
-                    if KL:
-                        on_ratio += beta * k3
-                    slope *= ratio
-                    k3 *= ratio
-                if KL:
-                    on_logp += beta * slope
-                    loss += beta * k3
-                stat = put(stats, stat, k3, active)
-            if ENTROPY:
-                stat = put(stats, stat, entropy, active)
-            g = weight * (on_logp + on_ratio * ratio * through)
-            loss = weight * loss
-            if ENTROPY_GRADIENT:
-                loss += tl.load(entropy_weight_ptr).to(tl.float64) * entropy
-            tl.store(loss_ptr + first_program + tl.program_id(0), tl.sum(tl.where(active, loss, 0.0), 0))
-
-        # What the gradient stage needs: dL/d(h W^T + b) = factor * (e, with at_target in the target's column).
-        inverse_temperature = tl.load(inverse_temperature_ptr + place, mask=active, other=1.0).to(tl.float64)
-        slope = tl.zeros([BLOCK_N], tl.float64) + 1.0
-        if HAS_SOFTCAP:
-            bent = target / (inverse_temperature * softcap)
-            slope = 1.0 - bent * bent
-        scaled = scale * inverse_temperature
-        if ENTROPY_GRADIENT:
-            entropy_weight = tl.load(entropy_weight_ptr).to(tl.float64)
-            p = e_target / total
-            finite_logp = tl.maximum(logp, -1e30)
-            at_target = (g * (rest / total) - entropy_weight * p * (finite_logp + entropy)) * slope
-            factor = scaled
-            wanted = active
-            tl.store(on_probs_ptr + local_n, (-g / total).to(tl.float32), mask=inside)
-            tl.store(on_logprobs_ptr + local_n, (-entropy_weight / total).to(tl.float32), mask=inside)
-            tl.store(offset_ptr + local_n, (entropy - log_total).to(tl.float32), mask=inside)
-        else:
-            at_target = -rest * slope
-            factor = -(g / total) * scaled
-            wanted = active & (g != 0)
-        tl.store(factor_ptr + local_n, tl.where(wanted, factor, 0.0).to(tl.float32), mask=inside)
-        tl.store(at_target_ptr + local_n, at_target.to(tl.float32), mask=inside)
-        tl.store(keep_ptr + local_n, wanted.to(tl.int32), mask=inside)
+                d = tl.maximum(kept + other_m * tl.log(other_m / other_p), 0.0)
+        too_high = (advantage > 0) & (logp > base) & (d > epsilon_high)
+        too_low = (advantage < 0) & (logp < base) & (d > epsilon_low)
+        masked = (too_high | too_low).to(tl.float64)
+        keep = 1.0 - masked
+        stat = put(stats, stat, d, active)
+        stat = put(stats, stat, masked, active)
+        stat = put(stats, stat, tl.where(advantage > 0, masked, 0.0), active)
+        stat = put(stats, stat, tl.where(advantage < 0, masked, 0.0), active)
+        capped = ratio
+        if HAS_CAP:
+            capped = tl.minimum(ratio, ratio_cap)
+            stat = put(stats, stat, (ratio > ratio_cap).to(tl.float64), active)
+        on_logp = -advantage * capped * keep
+        loss = tl.where(on_logp == 0, 0.0, on_logp * logp)
+    stat = put(stats, stat, ratio, active)
+    stat = put(stats, stat, ratio * ratio, active)
+    stat = put(stats, stat, tl.abs(tl.exp(logp) - tl.exp(base)), active)
+    stat = put(stats, stat, base - logp, active)
+    stat = put(stats, stat, -advantage * ratio * keep, active)
+    if HAS_TOKEN_WEIGHTS:
+        token_weight = tl.load(token_weights_ptr + row, mask=active, other=0.0).to(tl.float64)
+        loss, on_logp, on_ratio = loss * token_weight, on_logp * token_weight, on_ratio * token_weight
+    if HAS_REF:
+        y = logp - tl.load(ref_ptr + row, mask=active, other=0.0).to(tl.float64)
+        bounded = tl.minimum(tl.maximum(y, -LOG_RATIO_LIMIT), LOG_RATIO_LIMIT)
+        k3 = tl.exp(-bounded) - 1.0 + bounded
+        slope = tl.where(tl.abs(y) <= LOG_RATIO_LIMIT, 1.0 - tl.exp(-bounded), 0.0)
+        if KL_WEIGHTED:
+            if KL:
+                on_ratio += beta * k3
+            slope *= ratio
+            k3 *= ratio
+        if KL:
+            on_logp += beta * slope
+            loss += beta * k3
+        stat = put(stats, stat, k3, active)
+    if ENTROPY:
+        stat = put(stats, stat, entropy, active)
+    g = weight * (on_logp + on_ratio * ratio * through)
+    loss = weight * loss
+    if ENTROPY_GRADIENT:
+        loss += tl.load(entropy_weight_ptr).to(tl.float64) * entropy
+    tl.store(loss_ptr + first_program + tl.program_id(0), tl.sum(tl.where(active, loss, 0.0), 0))
+    store_operands(
+        factor_ptr, at_target_ptr, keep_ptr, on_probs_ptr, on_logprobs_ptr, offset_ptr, entropy_weight_ptr,
+        inverse_temperature_ptr, g, target, rest, e_target, total, log_total, logp, entropy, place, local_n, inside, active,
+        scale, softcap, HAS_SOFTCAP, ENTROPY_GRADIENT, BLOCK_N,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -1,5 +1,6 @@
 """Public `linear_policy_loss` and its custom op ``dppo_kernels::linear_policy_loss``."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,13 +14,13 @@ from dppo_kernels._lora import LoraWeight, split_head
 from dppo_kernels._numerics import compute_dtype_of, split_temperature, stat_dtype
 from dppo_kernels._tiling import DEFAULT_WORKSPACE_BYTES, ROW_BLOCKS, TARGET_ROWS, kind_of
 from dppo_kernels.aggregate import reduction_weights
-from dppo_kernels.linear_logprobs.op import check_linear_arguments, implementation, pair
+from dppo_kernels.linear_logprobs.group_design import Design, choose_design
+from dppo_kernels.linear_logprobs.groups import GroupResult, GroupTask
+from dppo_kernels.linear_logprobs.op import check_linear_arguments, pair, run_groups
 from dppo_kernels.linear_logprobs.projection import Needs, Projection
-from dppo_kernels.linear_policy_loss import torch_impl
-from dppo_kernels.linear_policy_loss.design import Design, choose_design
 from dppo_kernels.linear_policy_loss.reference import IGNORED, PolicyAux, linear_policy_loss_ref
 from dppo_kernels.linear_policy_loss.rows import PolicyRows, stat_names
-from dppo_kernels.linear_policy_loss.task import Result, Task, two_pass_fwd
+from dppo_kernels.linear_policy_loss.task import Task, Totals, coefficients
 from dppo_kernels.policy import Stat, check_policy_arguments, partial_sums, per_token
 from dppo_kernels.policy_spec import PolicyLossSpec
 
@@ -253,7 +254,7 @@ def _design(
         vocab=vocab,
         element_size=(dtype if backend == "triton" else stat_dtype(dtype)).itemsize,
         needs_gradient=needs_gradient,
-        ratio_level=spec.ratio_level,
+        by_sequence=spec.ratio_level == "sequence",
         workspace_bytes=DEFAULT_WORKSPACE_BYTES[kind] if workspace_bytes is None else workspace_bytes,
         target_rows=TARGET_ROWS[kind],
         row_multiple=ROW_BLOCKS[kind] if backend == "triton" else 1,
@@ -333,35 +334,42 @@ def _op(
     n, vocab = mask.shape[0], weight.shape[0]
     design = _design(spec, n, sequence_length, vocab, compute_dtype, hidden.device, any(needs), workspace_bytes, backend)
     row_or_scalar = temperature if row_temperature is None else row_temperature
-    task = Task(
-        Projection(hidden, weight, bias, row_or_scalar, logit_scale, softcap, compute_dtype, pair(low_hidden, low_weight)),
-        PolicyRows(
-            ids,
-            mask,
-            advantages,
-            loss_weights,
-            anchor,
-            ref_logprobs,
-            token_weights,
-            topk_ids,
-            rollout_topk_logprobs,
-            topk_valid,
-        ),
-        spec,
+    rows = PolicyRows(
+        ids,
+        mask,
+        advantages,
+        loss_weights,
+        anchor,
+        ref_logprobs,
+        token_weights,
+        topk_ids,
+        rollout_topk_logprobs,
+        topk_valid,
+    )
+    task = Task(rows, spec, sequence_length, entropy_weight, with_entropy, score_inactive)
+    projection = Projection(
+        hidden, weight, bias, row_or_scalar, logit_scale, softcap, compute_dtype, pair(low_hidden, low_weight)
+    )
+    totals = Totals.empty(task, projection.dtype)
+    group = GroupTask(
+        projection,
+        ids,
+        task.scored,
+        functools.partial(coefficients, task, totals),
         design,
-        sequence_length,
-        entropy_weight,
-        with_entropy,
-        score_inactive,
         Needs(*needs),
+        gather_ids=topk_ids,
+        sequence_length=task.unit,
+        entropy_weight=entropy_weight,
+        with_entropy=with_entropy,
     )
     with torch.autocast(hidden.device.type, enabled=False):
-        result = _run(task, backend)
-    result.stats["unscored"] = partial_sums(mask & ~task.scored, mask)
-    packed = torch.stack([torch.stack([x.double() for x in stat]) for stat in result.stats.values()])
+        result = _run(task, group, totals, backend)
+    totals.stats["unscored"] = partial_sums(mask & ~task.scored, mask)
+    packed = torch.stack([torch.stack([x.double() for x in stat]) for stat in totals.stats.values()])
     empty = result.logprobs.new_empty(0)
     return (  # type: ignore[return-value]
-        result.loss.to(result.logprobs.dtype),
+        totals.loss.to(result.logprobs.dtype),
         result.logprobs,
         empty if result.entropy is None else result.entropy,
         task.scored.clone(),  # may be the mask itself
@@ -370,14 +378,12 @@ def _op(
     )
 
 
-def _run(task: Task, backend: str) -> Result:
-    if task.design.name in ("score", "recompute"):
-        return two_pass_fwd(task, *implementation(backend))
-    if backend == "triton":  # imported here: the package works without Triton
+def _run(task: Task, group: GroupTask, totals: Totals, backend: str) -> GroupResult:
+    if backend == "triton" and group.design.name == "forward":  # imported here: the package works without Triton
         from dppo_kernels.linear_policy_loss import triton_impl
 
-        return triton_impl.linear_policy_loss_fwd(task)
-    return torch_impl.linear_policy_loss_fwd(task)
+        return triton_impl.linear_policy_loss_fwd(task, group, totals)
+    return run_groups(group, backend)
 
 
 @_op.register_fake

@@ -1,5 +1,6 @@
 """Triton kernels of the fused policy loss, in the interpreter and (marked gpu) on a device: values, poison, counts, bits."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -10,8 +11,10 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from dppo_kernels import PRESETS, linear_policy_loss
+from dppo_kernels.linear_logprobs import groups_triton
+from dppo_kernels.linear_logprobs.groups_triton import GroupLauncher, fill_holes
 from dppo_kernels.linear_policy_loss import op, triton_impl
-from dppo_kernels.linear_policy_loss.triton_impl import fill_holes
+from dppo_kernels.linear_policy_loss.task import Totals, coefficients
 from tests.census import counted_kernels
 from tests.linear_policy_loss.cases import VARIANTS, PolicyCase, policy_cases, run, with_options
 from tests.linear_policy_loss.test_op import hold_to_reference
@@ -109,8 +112,8 @@ def test_sequences_longer_than_the_slots_are_projected_again(device: str, monkey
     monkeypatch.setattr(op, "TARGET_ROWS", {"cpu": 16, "cuda": 16})
     case = with_options(PolicyCase("gspo", b=3, t=60), workspace_bytes=32 * 53 * 4)
     projected = []
-    real = triton_impl._Launcher.project
-    monkeypatch.setattr(triton_impl._Launcher, "project", lambda self, *x: projected.append(x[1]) or real(self, *x))
+    real = GroupLauncher.project
+    monkeypatch.setattr(GroupLauncher, "project", lambda self, *x: projected.append(x[1]) or real(self, *x))
     hold_to_reference(case, "triton", device)
     assert len(projected) > 3 * 4  # four chunks a sequence in two slots
 
@@ -121,13 +124,13 @@ def test_buffers_need_not_be_clean(device: str, preset: str, variant: tuple, mon
     case = PolicyCase(preset, b=4, t=9, advantages="half", changes=variant, bias=True)
     case = with_options(case, workspace_bytes=ROWS_16, with_entropy=True)
     clean = run(case, torch.float32, "triton", device)
-    real = triton_impl._Launcher.new
+    real = GroupLauncher.new
 
     def poisoned(self, shape, dtype=torch.float32):
         buffer = real(self, shape, dtype)
         return buffer.fill_(torch.nan if dtype.is_floating_point else 10**6)
 
-    monkeypatch.setattr(triton_impl._Launcher, "new", poisoned)
+    monkeypatch.setattr(GroupLauncher, "new", poisoned)
     dirty = run(case, torch.float32, "triton", device)
     assert torch.equal(clean[0]["loss"], dirty[0]["loss"])
     for name, grad in clean[1].items():
@@ -142,21 +145,25 @@ def test_buffers_need_not_be_clean(device: str, preset: str, variant: tuple, mon
 def test_descriptors_pointers_and_reruns_give_the_same_bits(device: str, preset: str) -> None:
     if device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("this device has no tensor memory accelerator")
-    task = captured(PRESETS[preset], workspace_bytes=1 << 20)
-    move = {
-        "projection": replace(
-            task.projection, hidden=task.projection.hidden.to(device), weight=task.projection.weight.to(device)
-        ),
-        "rows": task.rows._replace(**{k: x.to(device) for k, x in task.rows._asdict().items() if x is not None}),
-    }
+    call = captured(PRESETS[preset], workspace_bytes=1 << 20)
+    rows = call.task.rows._replace(**{k: x.to(device) for k, x in call.task.rows._asdict().items() if x is not None})
+    projection = call.group.projection
+    projection = replace(projection, hidden=projection.hidden.to(device), weight=projection.weight.to(device))
+    task = replace(call.task, rows=rows)
     with torch.no_grad():
-        runs = [
-            triton_impl.linear_policy_loss_fwd(replace(task, **move), descriptors=described)
-            for described in (True, False, True)
-        ]
+        runs = []
+        for described in (True, False, True):
+            totals = Totals.empty(task, torch.float32)
+            changes = {"coefficients": functools.partial(coefficients, task, totals), "scored": task.scored, "ids": rows.ids}
+            group = replace(call.group, projection=projection, **changes)
+            if preset == "gspo":
+                result = groups_triton.run_groups(group, descriptors=described)
+            else:
+                result = triton_impl.linear_policy_loss_fwd(task, group, totals, descriptors=described)
+            runs.append((totals.loss, result.gradients))
     for other in runs[1:]:
-        assert torch.equal(runs[0].loss, other.loss)
-        for a, b in zip(runs[0].gradients, other.gradients, strict=True):
+        assert torch.equal(runs[0][0], other[0])
+        for a, b in zip(runs[0][1], other[1], strict=True):
             assert a is None or torch.equal(a, b)
 
 
@@ -190,13 +197,13 @@ def test_nothing_waits_for_the_device() -> None:
 def test_elements_moved(active: bool) -> None:
     """The head once per block of active rows to project and once to dhidden; rows without advantage move nothing."""
     changes = {} if active else {"advantages": torch.zeros(6)}
-    task = captured(PRESETS["cispo"], workspace_bytes=1 << 20, **changes)
-    n1 = int(task.scored.sum())
-    hidden, weight = (x.detach().clone() for x in (task.projection.hidden, task.projection.weight))
-    task = replace(task, projection=replace(task.projection, hidden=hidden, weight=weight))
+    call = captured(PRESETS["cispo"], workspace_bytes=1 << 20, **changes)
+    n1, projection = int(call.task.scored.sum()), call.group.projection
+    hidden, weight = (x.detach().clone() for x in (projection.hidden, projection.weight))
+    group = replace(call.group, projection=replace(projection, hidden=hidden, weight=weight))
     vocab, width = weight.shape
     with torch.no_grad(), counted_kernels(hidden=hidden, weight=weight) as work:
-        triton_impl.linear_policy_loss_fwd(task)
+        triton_impl.linear_policy_loss_fwd(call.task, group, call.totals)
     blocks = -(-n1 // 16)  # of the projection and of the dhidden GEMM in the interpreter
     assert work.loaded["hidden"] == n1 * width
     assert work.loaded["weight"] == 2 * blocks * vocab * width + n1 * width

@@ -1,4 +1,4 @@
-"""Which design serves a fused policy loss: pure functions of the regime, the shapes and the byte budget."""
+"""Which design serves a loss of groups of rows: pure functions of the regime, the shapes and the byte budget."""
 
 from typing import NamedTuple
 
@@ -35,7 +35,7 @@ def choose_design(
     vocab: int,
     element_size: int,
     needs_gradient: bool,
-    ratio_level: str,
+    by_sequence: bool,
     workspace_bytes: int,
     target_rows: int,
     row_multiple: int = 1,
@@ -44,8 +44,8 @@ def choose_design(
     """The design for `n_rows` rows with exponentials of `element_size` bytes.
 
     Args:
-        longest_sequence: rows of the longest sequence; matters for sequence-level ratios only, whose coefficients are known
-            when all rows of a sequence are scored.
+        longest_sequence: rows of the longest sequence; matters only `by_sequence`.
+        by_sequence: whether coefficients are known when all rows of a sequence are scored, or row by row.
         workspace_bytes: what exponentials may take at one time; 0 asks for the strict mode, in tiles.
         target_rows: rows per chunk above which GEMMs gain nothing.
         row_multiple: rows of a kernel's block; chunks are made of whole blocks.
@@ -59,7 +59,7 @@ def choose_design(
     in_blocks = -(-max(n_rows, 1) // row_multiple) * row_multiple
     if fit < min(max(MIN_ROWS, row_multiple), in_blocks):
         return Design("recompute", why="the workspace holds no chunk of rows")
-    if ratio_level == "token":
+    if not by_sequence:
         chunk_rows = balanced(n_rows, min(fit, target_rows))
         return Design("forward", -(-chunk_rows // row_multiple) * row_multiple, 1)
     slots = max(1, -(-min(fit, in_blocks) // target_rows))

@@ -1,0 +1,108 @@
+"""Losses of scored rows whose coefficients become known group by group: one call, its result, and the designs without chunks.
+
+A group is a chunk of rows where the coefficient ``g = dL/dlogprob`` of a row depends on that row, and a run of whole sequences
+where it depends on all rows of its sequence. Its rows are scored, a function gives their coefficients, and the gradient GEMMs
+follow while the group's exponentials exist: 2 n1 HV and 4 n2 HV, over n1 rows that are scored and n2 of them with g != 0.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dppo_kernels._row_stats import Upstream
+from dppo_kernels.linear_logprobs.exponentials import Scores
+from dppo_kernels.linear_logprobs.group_design import Design
+from dppo_kernels.linear_logprobs.projection import Gradients, Needs, Projection
+
+_UNSCORED = -1  # stands for the ids of rows that enter no GEMM
+
+# (a run of the caller's rows, which of them the scores are of, scores) -> g of the scores' rows. Without numbers of rows
+# the scores are of the whole run, and whatever they hold of rows that were not scored must change nothing.
+Coefficients = Callable[[slice, Tensor | None, Scores], Tensor]
+
+
+@dataclass(frozen=True)
+class GroupTask:
+    """What is scored, what is wanted of it, and how it is computed."""
+
+    projection: Projection
+    ids: Tensor  # [N]
+    scored: Tensor  # bool [N]: rows that enter a GEMM
+    coefficients: Coefficients
+    design: Design
+    needs: Needs
+    gather_ids: Tensor | None = None  # [N, K]
+    sequence_length: int | None = None  # rows whose coefficients become known together; None: each by itself
+    entropy_weight: Tensor | None = None  # dL/dH of every scored row, if there is an entropy bonus
+    with_entropy: bool = False
+    with_top1: bool = False
+    with_log_sum_sq: bool = False  # for designs without chunks
+
+
+@dataclass
+class GroupResult:
+    """Per-row statistics, 0 where a row was not scored, and unscaled gradients in the statistics' precision."""
+
+    logprobs: Tensor  # [N]
+    entropy: Tensor | None  # [N]
+    is_top1: Tensor | None  # bool [N]: no logit is above the id's
+    gradients: Gradients
+
+    @classmethod
+    def empty(cls, task: GroupTask, *, with_gradients: bool = True) -> "GroupResult":
+        x = task.projection
+        zeros = x.hidden.new_zeros(x.hidden.shape[0], dtype=x.dtype)
+        gradients = (
+            torch.zeros_like(i, dtype=x.dtype, memory_format=torch.contiguous_format)
+            if with_gradients and need and i is not None
+            else None
+            for i, need in zip(x.inputs(), task.needs, strict=True)
+        )
+        return cls(
+            zeros,
+            zeros.clone() if task.with_entropy else None,
+            torch.zeros_like(zeros, dtype=torch.bool) if task.with_top1 else None,
+            Gradients(*gradients),
+        )
+
+    def add(self, rows: Tensor, scores: Scores) -> None:
+        self.logprobs[rows] = scores.logprobs
+        if self.entropy is not None and scores.entropy is not None:
+            self.entropy[rows] = scores.entropy
+        if self.is_top1 is not None and scores.is_top1 is not None:
+            self.is_top1[rows] = scores.is_top1
+
+
+def two_pass(task: GroupTask, score: Callable[..., dict[str, Tensor]], backward: Callable[..., Any]) -> GroupResult:
+    """Designs "score" and "recompute" on an implementation of `linear_logprobs`: score all rows, recompute for the gradient."""
+    result = GroupResult.empty(task, with_gradients=False)
+    x = task.projection
+    ids = torch.where(task.scored, task.ids, _UNSCORED)
+    wanted = {"entropy": task.with_entropy, "is_top1": task.with_top1, "log_sum_sq_probs": task.with_log_sum_sq}
+    outputs = frozenset(("logprobs", *(name for name, asked in wanted.items() if asked)))
+    values = score(x, ids, task.gather_ids, ignore_index=_UNSCORED, outputs=outputs)
+    found = {name: values[name] if name in outputs else None for name in ("logprobs", *wanted)}
+    found["logprobs"] = result.logprobs = values["logprobs"]
+    result.entropy, result.is_top1 = found["entropy"], found["is_top1"]
+    dlogprobs = task.coefficients(slice(0, ids.shape[0]), None, Scores(**found, gathered=values.get("gathered")))
+    if any(task.needs):
+        dentropy = None if task.entropy_weight is None else torch.where(task.scored, task.entropy_weight.to(x.dtype), 0.0)
+        saved = {"row_max": values["row_max"], "log_sum": values["log_sum"]}
+        if dentropy is not None:
+            saved["entropy"] = values["entropy"]
+        unit = None
+        if x.compute_dtype == torch.float16:
+            # No loss scale has arrived yet: gradients near 1 / N would be rounded to float16's subnormals.
+            largest = (
+                dlogprobs.abs().amax() if dentropy is None else torch.maximum(dlogprobs.abs().amax(), dentropy.abs().amax())
+            )
+            unit = torch.exp2(largest.clamp(min=2.0**-60).log2().ceil() + 4)
+            dlogprobs, dentropy = dlogprobs / unit, None if dentropy is None else dentropy / unit
+        upstream = Upstream(dlogprobs, None, dentropy, None)
+        gradients = backward(x, ids, None, upstream, saved, ignore_index=_UNSCORED, needs=task.needs)
+        in_full = (None if g is None else g.to(x.dtype) for g in gradients)
+        result.gradients = Gradients(*(g if g is None or unit is None else g.mul_(unit) for g in in_full))
+    return result
