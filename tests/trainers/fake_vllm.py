@@ -6,6 +6,7 @@ The engine holds weights of its own, scrambled until they are synced, so that a 
 import copy
 import functools
 import math
+import os
 import socket
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
@@ -19,6 +20,10 @@ from trl.generation import vllm_client
 # Of one token: entries {id: (log-prob, rank)} as vLLM makes them, and the sampled id.
 Entries = dict[int, tuple[float, int]]
 Mangle = Callable[[Entries, int], Entries]
+
+
+# What a launcher of several processes set, if there is one. TRL sets the same for vLLM.
+LAUNCHED = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
 
 
 class FakeEngine:
@@ -142,14 +147,16 @@ def install(patch: pytest.MonkeyPatch, engine: FakeEngine, info: dict[str, Any] 
     patch.setattr(f"{module}.LLM", functools.partial(FakeLLM, engine), raising=False)
     patch.setattr(f"{module}.SamplingParams", SimpleNamespace, raising=False)
     patch.setattr(f"{module}.VLLMClient", functools.partial(FakeClient, engine, info or server_info(max_logprobs=-1)))
-    # TRL sets these for vLLM. What it set for an engine before this one goes, or the next trainer would form a process group;
-    # and where one is formed, its port is not the one that TRL tries first in every process of this machine.
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"):
-        patch.setenv(name, "")  # so that what TRL writes is undone
-        patch.delenv(name)
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        patch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
+    # What TRL set for an engine before this one goes, or the next trainer would form a process group; and where one is formed,
+    # its port is not the one that TRL tries first in every process of this machine.
+    for name, value in LAUNCHED.items():
+        patch.setenv(name, value or "")  # so that what TRL writes is undone
+        if value is None:
+            patch.delenv(name)
+    if LAUNCHED["MASTER_PORT"] is None:
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            patch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
     return engine
 
 
