@@ -22,9 +22,18 @@ from dppo_kernels.estimators import kl_estimate, log_ratio
 from dppo_kernels.gae import Gae, gae
 from dppo_kernels.linear_logprobs import LinearLogprobs, explain_linear_logprobs, linear_logprobs
 from dppo_kernels.linear_policy_loss import PolicyAux, explain_linear_policy_loss, linear_policy_loss
+from dppo_kernels.linear_preference_loss import (
+    PreferenceAux,
+    SequenceLogprobs,
+    explain_linear_preference_loss,
+    linear_preference_loss,
+    linear_sequence_logprobs,
+)
 from dppo_kernels.moments import Moments, masked_moments, whiten
 from dppo_kernels.policy import Stat, policy_loss
 from dppo_kernels.policy_spec import PRESETS, PolicyLossSpec
+from dppo_kernels.preference import preference_loss, sequence_logprobs
+from dppo_kernels.preference_spec import F_DIVERGENCES, PREFERENCE_LOSSES, PreferenceSpec
 from dppo_kernels.returns import explained_variance, length_adaptive_lambda, token_rewards
 from dppo_kernels.token_logprobs import TokenLogprobs, TopKLogprobs, token_logprobs, topk_logprobs
 from dppo_kernels.value_loss import value_loss
@@ -34,6 +43,8 @@ __version__ = "0.1.0"
 __all__ = [
     "DISTILL_KINDS",
     "DIVERGENCES",
+    "F_DIVERGENCES",
+    "PREFERENCE_LOSSES",
     "PRESETS",
     "REDUCTIONS",
     "DistillAux",
@@ -43,6 +54,9 @@ __all__ = [
     "Moments",
     "PolicyAux",
     "PolicyLossSpec",
+    "PreferenceAux",
+    "PreferenceSpec",
+    "SequenceLogprobs",
     "Stat",
     "TokenLogprobs",
     "TopKLogprobs",
@@ -53,6 +67,7 @@ __all__ = [
     "explain_linear_distill_loss",
     "explain_linear_logprobs",
     "explain_linear_policy_loss",
+    "explain_linear_preference_loss",
     "explained_variance",
     "gae",
     "group_advantages",
@@ -61,9 +76,13 @@ __all__ = [
     "linear_distill_loss",
     "linear_logprobs",
     "linear_policy_loss",
+    "linear_preference_loss",
+    "linear_sequence_logprobs",
     "log_ratio",
     "masked_moments",
     "policy_loss",
+    "preference_loss",
+    "sequence_logprobs",
     "token_logprobs",
     "token_rewards",
     "topk_distill_loss",

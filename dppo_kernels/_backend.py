@@ -20,6 +20,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "token_logprobs": ("triton", "torch", "reference"),
     "topk_logprobs": ("cuda", "cpp", "torch", "reference"),
     "linear_policy_loss": ("triton", "torch", "reference"),
+    "linear_preference_loss": ("triton", "torch", "reference"),
     "gae": ("triton", "cpp", "torch", "reference"),
     "value_loss": ("triton", "torch", "reference"),
     "linear_distill_loss": ("triton", "torch", "reference"),

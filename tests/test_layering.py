@@ -11,7 +11,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # Lower numbers know nothing of higher ones. Modules of one number may share: both references are one formula.
 FAMILIES = ("gae", "linear_logprobs", "token_logprobs")
 COMPILED = (".cpp", ".cu", ".cuh", ".h", ".inc")
-ABOVE_POLICY = ("distill", "linear_policy_loss", "value_loss")  # families made of the others: their parts share one rank
+ABOVE_POLICY = (
+    "distill",
+    "linear_policy_loss",
+    "linear_preference_loss",
+    "value_loss",
+)  # families made of the others: their parts share one rank
 RANKS = {
     "_": 0,
     "reference": 1,
@@ -45,8 +50,12 @@ RANKS = {
     "policy_spec": 5,
     "surrogates": 5,
     "policy": 6,
+    "preference_spec": 5,
+    "preference_formulas": 5,
+    "preference": 6,
     "distill": 7,
     "linear_policy_loss": 7,
+    "linear_preference_loss": 7,
     "returns": 7,
     "value_loss": 7,
     "__init__": 9,

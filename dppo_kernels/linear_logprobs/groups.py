@@ -5,7 +5,7 @@ where it depends on all rows of its sequence. Its rows are scored, a function gi
 follow while the group's exponentials exist: 2 n1 HV and 4 n2 HV, over n1 rows that are scored and n2 of them with g != 0.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from dppo_kernels.linear_logprobs.exponentials import Scores
 from dppo_kernels.linear_logprobs.group_design import Design
 from dppo_kernels.linear_logprobs.projection import Gradients, Needs, Projection
 
+CHUNK_OUTPUTS = ("entropy", "is_top1")
 _UNSCORED = -1  # stands for the ids of rows that enter no GEMM
 
 # (a run of the caller's rows, which of them the scores are of, scores) -> g of the scores' rows. Without numbers of rows
@@ -37,19 +38,28 @@ class GroupTask:
     gather_ids: Tensor | None = None  # [N, K]
     sequence_length: int | None = None  # rows whose coefficients become known together; None: each by itself
     entropy_weight: Tensor | None = None  # dL/dH of every scored row, if there is an entropy bonus
-    with_entropy: bool = False
-    with_top1: bool = False
-    with_log_sum_sq: bool = False  # for designs without chunks
+    reads_counts: bool = False  # on a device, by sequence: one read of how many rows of each are scored fills the groups
+    outputs: frozenset[str] = frozenset()  # besides log-probs, of `OUTPUTS`; designs in chunks have those of `CHUNK_OUTPUTS`
+
+    @property
+    def with_entropy(self) -> bool:
+        return "entropy" in self.outputs
+
+    @property
+    def with_top1(self) -> bool:
+        return "is_top1" in self.outputs
 
 
 @dataclass
 class GroupResult:
     """Per-row statistics, 0 where a row was not scored, and unscaled gradients in the statistics' precision."""
 
-    logprobs: Tensor  # [N]
-    entropy: Tensor | None  # [N]
-    is_top1: Tensor | None  # bool [N]: no logit is above the id's
+    rows: dict[str, Tensor]  # "logprobs" and the task's outputs, [N] each
     gradients: Gradients
+
+    @property
+    def logprobs(self) -> Tensor:
+        return self.rows["logprobs"]
 
     @classmethod
     def empty(cls, task: GroupTask, *, with_gradients: bool = True) -> "GroupResult":
@@ -61,19 +71,25 @@ class GroupResult:
             else None
             for i, need in zip(x.inputs(), task.needs, strict=True)
         )
-        return cls(
-            zeros,
-            zeros.clone() if task.with_entropy else None,
-            torch.zeros_like(zeros, dtype=torch.bool) if task.with_top1 else None,
-            Gradients(*gradients),
-        )
+        dtypes = {name: torch.bool if name == "is_top1" else x.dtype for name in ("logprobs", *sorted(task.outputs))}
+        rows = {name: torch.zeros_like(zeros, dtype=dtype) for name, dtype in dtypes.items()}
+        return cls(rows, Gradients(*gradients))
 
     def add(self, rows: Tensor, scores: Scores) -> None:
-        self.logprobs[rows] = scores.logprobs
-        if self.entropy is not None and scores.entropy is not None:
-            self.entropy[rows] = scores.entropy
-        if self.is_top1 is not None and scores.is_top1 is not None:
-            self.is_top1[rows] = scores.is_top1
+        for name, values in self.rows.items():
+            values[rows] = getattr(scores, name)
+
+
+def runs(counts: Sequence[int], capacity: int) -> Iterator[tuple[int, int, int]]:
+    """(first, beyond the last, their rows) of consecutive sequences whose rows fit together; a longer one stands alone."""
+    first, n = 0, 0
+    for sequence, count in enumerate(counts):
+        if n and n + count > capacity:
+            yield first, sequence, n
+            first, n = sequence, 0
+        n += count
+    if n:
+        yield first, len(counts), n
 
 
 def two_pass(task: GroupTask, score: Callable[..., dict[str, Tensor]], backward: Callable[..., Any]) -> GroupResult:
@@ -81,12 +97,9 @@ def two_pass(task: GroupTask, score: Callable[..., dict[str, Tensor]], backward:
     result = GroupResult.empty(task, with_gradients=False)
     x = task.projection
     ids = torch.where(task.scored, task.ids, _UNSCORED)
-    wanted = {"entropy": task.with_entropy, "is_top1": task.with_top1, "log_sum_sq_probs": task.with_log_sum_sq}
-    outputs = frozenset(("logprobs", *(name for name, asked in wanted.items() if asked)))
-    values = score(x, ids, task.gather_ids, ignore_index=_UNSCORED, outputs=outputs)
-    found = {name: values[name] if name in outputs else None for name in ("logprobs", *wanted)}
-    found["logprobs"] = result.logprobs = values["logprobs"]
-    result.entropy, result.is_top1 = found["entropy"], found["is_top1"]
+    values = score(x, ids, task.gather_ids, ignore_index=_UNSCORED, outputs=task.outputs | {"logprobs"})
+    result.rows = {name: values[name] for name in result.rows}
+    found = {name: values[name] for name in Scores._fields if name in result.rows}
     dlogprobs = task.coefficients(slice(0, ids.shape[0]), None, Scores(**found, gathered=values.get("gathered")))
     if any(task.needs):
         dentropy = None if task.entropy_weight is None else torch.where(task.scored, task.entropy_weight.to(x.dtype), 0.0)

@@ -14,7 +14,7 @@ from torch import Tensor
 from dppo_kernels._tiling import chunks
 from dppo_kernels.linear_logprobs.exponentials import Exponentials, Scores, exponentials, gradient_operand
 from dppo_kernels.linear_logprobs.gradient_gemms import accumulate_gradients
-from dppo_kernels.linear_logprobs.groups import GroupResult, GroupTask
+from dppo_kernels.linear_logprobs.groups import GroupResult, GroupTask, runs
 
 
 class Group(NamedTuple):
@@ -44,14 +44,10 @@ def _groups(task: GroupTask, scored: Tensor) -> Iterator[Group]:
             yield Group(scored[part], everything)
         return
     counts = torch.bincount(scored // max(length, 1)).tolist() if scored.shape[0] else []
-    first_row, first_sequence, n = 0, 0, 0
-    for sequence, count in enumerate(counts):
-        if n and n + count > design.slots * design.chunk_rows:
-            yield Group(scored[first_row : first_row + n], slice(first_sequence * length, sequence * length))
-            first_row, first_sequence, n = first_row + n, sequence, 0
-        n += count
-    if n:
-        yield Group(scored[first_row:], slice(first_sequence * length, len(counts) * length))
+    row = 0
+    for first, last, n in runs(counts, design.slots * design.chunk_rows):
+        yield Group(scored[row : row + n], slice(first * length, last * length))
+        row += n
 
 
 def _run_group(task: GroupTask, group: Group, slots: list[Tensor], result: GroupResult) -> None:

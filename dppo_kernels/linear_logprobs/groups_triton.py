@@ -14,7 +14,7 @@ from torch import Tensor
 from dppo_kernels._tiling import GradPlan, chunks
 from dppo_kernels._triton import INTERPRET, launch_on
 from dppo_kernels.linear_logprobs.exponentials import Scores
-from dppo_kernels.linear_logprobs.groups import GroupResult, GroupTask
+from dppo_kernels.linear_logprobs.groups import GroupResult, GroupTask, runs
 from dppo_kernels.linear_logprobs.kernels import CompactRows, compact_rows, gather_logits
 from dppo_kernels.linear_logprobs.kernels_bwd import column_sums_kernel
 from dppo_kernels.linear_logprobs.kernels_chunk import entropy_gradient_kernel, move_rows_kernel, scale_rows_kernel
@@ -51,9 +51,14 @@ def run_groups(task: GroupTask, plan: GradPlan | None = None, descriptors: bool 
             launcher = GroupLauncher(task, result, plan, descriptors)
             length = task.sequence_length
             assert length is not None, "rows by themselves have a row kernel"
-            at_once = max(1, launcher.chunk_rows * task.design.slots // length) * length
-            for span in chunks(task.ids.shape[0], at_once):
-                launcher.run_sequences(span)
+            capacity = launcher.chunk_rows * task.design.slots
+            if task.reads_counts:
+                counts = task.scored.view(-1, length).sum(1).tolist()
+                for first, last, n in runs(counts, capacity):
+                    launcher.run_sequences(slice(first * length, last * length), n)
+            else:
+                for span in chunks(task.ids.shape[0], max(1, capacity // length) * length):
+                    launcher.run_sequences(span, span.stop - span.start)
     return result
 
 
@@ -75,17 +80,17 @@ class GroupLauncher(ChunkLauncher):
         entropy_weight = task.entropy_weight
         self.entropy_weight = self.placeholder if entropy_weight is None else entropy_weight.float().reshape(1)
 
-    def run_sequences(self, span: slice) -> None:
+    def run_sequences(self, span: slice, n: int) -> None:
+        """Of the span, whose scored rows are at most `n`."""
         task, result = self.task, self.result
         group = self.group(span)
-        parts = chunks(span.stop - span.start, self.chunk_rows)
+        parts = chunks(n, self.chunk_rows)
         kept: dict[int, tuple[int, Sums]] = {}  # slot -> (chunk, its sums)
         for i, part in enumerate(parts):
             slot = min(i, len(self.slots) - 1)
             kept[slot] = i, self.project(group, part, self.slots[slot])
             self.score(group, part, kept[slot][1])
-        found = (result.logprobs, result.entropy, None, result.is_top1)
-        scores = Scores(*(None if x is None else x[span] for x in found))  # type: ignore[arg-type]
+        scores = Scores(**{name: values[span] for name, values in result.rows.items()})
         dlogprobs = torch.zeros_like(result.logprobs)
         dlogprobs[span] = task.coefficients(span, None, scores)
         if not any(task.needs):
@@ -117,13 +122,13 @@ class GroupLauncher(ChunkLauncher):
             group.rows.order,
             group.rows.n_active,
             self.result.logprobs,
-            self.or_nothing(self.result.entropy),
-            self.or_nothing(self.result.is_top1),
+            self.or_nothing(self.result.rows.get("entropy")),
+            self.or_nothing(self.result.rows.get("is_top1")),
             part.start,
             self.chunk_rows,
             group.z.shape[1],
             ENTROPY=self.with_dot,
-            TOP1=self.result.is_top1 is not None,
+            TOP1=self.task.with_top1,
             BLOCK_N=ROW_BLOCK,
             num_warps=1,
         )

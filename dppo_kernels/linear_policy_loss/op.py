@@ -361,7 +361,7 @@ def _op(
         gather_ids=topk_ids,
         sequence_length=task.unit,
         entropy_weight=entropy_weight,
-        with_entropy=with_entropy,
+        outputs=frozenset(("entropy",) if with_entropy else ()),
     )
     with torch.autocast(hidden.device.type, enabled=False):
         result = _run(task, group, totals, backend)
@@ -371,7 +371,7 @@ def _op(
     return (  # type: ignore[return-value]
         totals.loss.to(result.logprobs.dtype),
         result.logprobs,
-        empty if result.entropy is None else result.entropy,
+        result.rows.get("entropy", empty),
         task.scored.clone(),  # may be the mask itself
         packed,
         *(empty.clone() if g is None else g for g in result.gradients),

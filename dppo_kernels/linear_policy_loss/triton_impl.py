@@ -78,7 +78,7 @@ class _Launcher(GroupLauncher):
             or_nothing(rows.topk_valid),
             self.entropy_weight,
             self.result.logprobs,
-            or_nothing(self.result.entropy),
+            or_nothing(self.result.rows.get("entropy")),
             *operands,
             losses,
             stats,
