@@ -9,7 +9,7 @@ from dppo_kernels import _checks
 from dppo_kernels._numerics import stat_dtype
 from dppo_kernels.policy import Stat, partial_sums
 from dppo_kernels.preference_formulas import Pairs, pair_losses
-from dppo_kernels.preference_spec import PreferenceSpec
+from dppo_kernels.preference_spec import SORTING_LOSSES, PreferenceSpec
 
 
 def preference_loss(
@@ -59,12 +59,10 @@ def preference_loss(
         "rejected_logprobs": rejected_logprobs,
         "ref_chosen_logprobs": ref_chosen_logprobs,
         "ref_rejected_logprobs": ref_rejected_logprobs,
-        "sft_logprobs": sft_logprobs,
-        "pair_weights": pair_weights,
     }
+    named |= {k: x for k, x in (("sft_logprobs", sft_logprobs), ("pair_weights", pair_weights)) if x is not None}
     for name, value in named.items():
-        if value is not None:
-            _checks.check_floating(name, value)
+        _checks.check_floating(name, value)
     if chosen_logprobs.dim() != 1:
         raise ValueError(f"`chosen_logprobs` must be [P], one sum per pair, got {list(chosen_logprobs.shape)}")
     lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
@@ -73,6 +71,8 @@ def preference_loss(
             _checks.check_tensor(name, value)
             _checks.check_shape(name, value, chosen_logprobs.shape, "[P] of `chosen_logprobs`")
             _checks.check_device(name, value, "chosen_logprobs", chosen_logprobs)
+    if pair_weights is not None and set(spec.loss_type) & set(SORTING_LOSSES):
+        raise ValueError(f"`pair_weights` weigh pairs, and `loss_type`={list(spec.loss_type)} sorts chosen and rejected apart")
     if spec.needs_lengths and (chosen_lengths is None or rejected_lengths is None):
         raise ValueError(f"`loss_type`={list(spec.loss_type)} needs `chosen_lengths` and `rejected_lengths`")
     policy = [x.double() for x in (chosen_logprobs, rejected_logprobs)]

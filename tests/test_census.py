@@ -114,6 +114,8 @@ def test_every_kernel_runs_in_the_interpreter() -> None:
         spec = dppo_kernels.PRESETS["dapo"].replace(entropy_coef=0.1)
         batch = (ids, torch.zeros(N), torch.ones(N), torch.ones(N, dtype=torch.bool))
         dppo_kernels.linear_policy_loss(*leaves[:2], *batch, spec=spec, bias=leaves[2], backend="triton")
+        pairs = (leaves[0].view(2, N // 2, H), leaves[1], ids.view(2, -1), batch[3].view(2, -1))
+        dppo_kernels.linear_preference_loss(*pairs, bias=leaves[2], ref_logprobs=torch.zeros(2), backend="triton")
         tokens = (torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool))
         returns = dppo_kernels.gae(*tokens, backend="triton").returns
         other = dppo_kernels.distill_loss(logits, logits.detach(), batch[3], backend="triton")[0]

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from dppo_kernels import (
+    PREFERENCE_LOSSES,
     PRESETS,
     PolicyLossSpec,
+    PreferenceSpec,
     aggregate,
     distill_loss,
     divergence,
@@ -22,8 +24,12 @@ from dppo_kernels import (
     kl_estimate,
     linear_distill_loss,
     linear_policy_loss,
+    linear_preference_loss,
+    linear_sequence_logprobs,
     masked_moments,
     policy_loss,
+    preference_loss,
+    sequence_logprobs,
     token_logprobs,
     token_rewards,
     topk_distill_loss,
@@ -34,6 +40,7 @@ from dppo_kernels import (
 )
 from dppo_kernels._numerics import log1mexp
 from dppo_kernels.control import AdaptiveKLController, RunningMoments, ScoreProcessor
+from dppo_kernels.preference_formulas import Pairs, pair_losses
 from dppo_kernels.trainers import DecoupledPPOConfig, DistillPPOConfig, DistillPPOTrainer
 from dppo_kernels.trainers.rewards import MathAnswerReward
 from dppo_kernels.trainers.rewards.length import soft_overlong_penalty
@@ -44,9 +51,6 @@ GOLDEN = {case["id"]: case for case in json.loads((Path(__file__).parent / "gold
 
 # Ids whose feature does not exist yet, with the issue that brings it.
 PENDING = {
-    "s2.dpo_losses": 9,
-    "s2.completion_logp": 9,
-    "s2.seed_loss_is_not_dpo": 9,
     "s2.hierarchical_reward": 9,
     "s2.discriminator_bce": 9,
 }
@@ -321,6 +325,58 @@ def value_coefficient(x: dict, y: dict, dtype: torch.dtype) -> None:
             (coefficient * loss).backward()
             optimizer.step()
             close(values.detach(), [y[f"{name}_{kind}"]], dtype)
+
+
+@golden("s2.dpo_losses")
+def preference_losses(x: dict, y: dict, dtype: torch.dtype) -> None:
+    names = ("chosen", "rejected", "ref_chosen", "ref_rejected")
+    sums = [torch.tensor(x[name], dtype=dtype) for name in names]
+    lengths = {f"{name}_lengths": torch.tensor(x[f"len_{name}"]) for name in names[:2]}
+    ours = {
+        "sigmoid_label_smoothing(cDPO, not in TRL 1.16)": "sigmoid_smoothed",
+        "ipo_avg": "ipo",
+        "ipo_sum(paper eq17, not TRL)": "ipo_sum",
+    }
+    for name, expected in y.items():
+        numbers = {"beta": x["beta"], "label_smoothing": x["label_smoothing"], "discopop_tau": x["tau"]}
+        spec = PreferenceSpec(ours.get(name, name), **numbers)
+        loss, _ = preference_loss(*sums, spec=spec, **lengths)
+        close(loss, sum(expected) / len(expected), dtype)
+        pairs = Pairs(*(v.double() for v in (*sums, *lengths.values())))
+        close(pair_losses(pairs, spec).to(dtype), expected, dtype)
+    assert {ours.get(name, name) for name in y} == set(PREFERENCE_LOSSES) - {"sft"}
+
+
+@golden("s2.completion_logp")
+def completion_logprob(x: dict, y: dict, dtype: torch.dtype) -> None:
+    """Also from hidden states, by the fused op: the head is the identity."""
+    ids = torch.tensor(x["input_ids"][1:])
+    mask = torch.tensor(x["completion_mask"][1:], dtype=torch.bool)
+    for logits, total in ((x["logits"], y["sum_completion"]), (x["ref_logits"], y["ref_sum_completion"])):
+        shifted = torch.tensor(logits, dtype=dtype)[:-1]
+        scored = token_logprobs(shifted, ids).logprobs
+        if total == y["sum_completion"]:
+            close(scored, y["per_token_shifted"], dtype)
+        twice = [value.expand(2, *value.shape) for value in (scored, mask, shifted, ids)]
+        close(sequence_logprobs(*twice[:2])[0], total, dtype)
+        found = linear_sequence_logprobs(twice[2], torch.eye(3, dtype=dtype), twice[3], twice[1])
+        close(found.logprobs.to(dtype), [total, total], dtype)
+
+
+@golden("s2.seed_loss_is_not_dpo")
+def vocabulary_means_are_not_logprobs(x: dict, y: dict, dtype: torch.dtype) -> None:
+    """What the request's script computes does not know the tokens; ours does."""
+    chosen, rejected = (torch.tensor(x[f"logits_{name}"], dtype=dtype) for name in ("chosen", "rejected"))
+    means = [logits.log_softmax(-1).mean() for logits in (chosen, rejected)]
+    close(torch.stack(means), [y["vocab_mean_chosen"], y["vocab_mean_rejected"]], dtype)
+    close(-torch.nn.functional.logsigmoid(x["beta"] * (means[0] - means[1])), y["loss"], dtype)
+    assert max(means) <= y["upper_bound_of_vocab_mean"] + 1e-6
+    losses = set()
+    for token in range(3):
+        arguments = {"spec": PreferenceSpec(beta=x["beta"]), "ref_logprobs": torch.zeros(2)}
+        rows = (torch.stack([chosen, rejected])[:, None], torch.eye(3, dtype=dtype), torch.full((2, 1), token))
+        losses.add(linear_preference_loss(*rows, torch.ones(2, 1, dtype=torch.bool), **arguments)[0].item())
+    assert len(losses) == len(set(y["loss_for_any_choice_of_token_ids"])) + 2
 
 
 @golden("s4.adaptive_kl")

@@ -343,8 +343,7 @@ def _decode(names: str, numbers: Sequence[float]) -> PreferenceSpec:
     )
 
 
-@torch.library.custom_op("dppo_kernels::linear_preference_loss", mutates_args=())
-def _op(
+def _compute(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -456,6 +455,9 @@ def _no_gradient(span: slice, places: Tensor | None, scores: Scores) -> Tensor:
 
 def _token_dtypes(dtype: torch.dtype) -> dict[str, torch.dtype]:
     return {name: torch.bool if name == "is_top1" else dtype for name in TOKEN_OUTPUTS}
+
+
+_op = torch.library.custom_op("dppo_kernels::linear_preference_loss", _compute, mutates_args=())
 
 
 @_op.register_fake
