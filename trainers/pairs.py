@@ -1,7 +1,7 @@
 """Preference pairs for DPO: completions at several temperatures, scored by a reward function; best and worst are kept."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -45,6 +45,7 @@ def make_pairs(
     *,
     budget_texts: Sequence[str] | None = None,
     engine: Any = None,
+    on_batch: Callable[[int], None] = lambda done: None,
 ) -> tuple[Dataset, PairStatistics]:
     """Generate, score and pair completions of prompts.
 
@@ -62,6 +63,8 @@ def make_pairs(
         budget_texts: what completions look like, such as the texts to imitate: the longest of them in tokens, and an end token,
             are the budget where `max_completion_length` is None.
         engine: a `vllm.LLM` of `model` to use with `use_vllm`; default: one is made.
+
+        on_batch: called after each batch with how many prompts are done.
 
     Returns:
         The pairs, in the order of the prompts that have one: prompt, chosen, rejected, chosen_reward, rejected_reward,
@@ -95,10 +98,8 @@ def make_pairs(
             shard = _outcomes(data.select(rows), first, completions, tokenizer, rewards, config, sampling)
             if store is not None:
                 store.write(index, shard)
-            _LOGGER.info(
-                "%d of %d prompts, %d pairs in this batch", rows.stop, len(data), sum(o.gap is not None for o in shard)
-            )
         outcomes += shard
+        on_batch(len(outcomes))
     statistics = pair_statistics(outcomes, config.temperatures)
     pairs = _pairs(data, outcomes, config)
     if store is not None:
@@ -156,7 +157,8 @@ def _outcomes(
             len(group),
             sum(c.tokens for c in group),
             sum(c.truncated for c in group),
-            sum(score is None for score, owner in zip(scores, owners, strict=True) if owner == row),
+            sum(c.reward is None and not (c.truncated and config.drop_truncated) for c in group),
+            [c.reward for c in group],
             *select_pair(group, config.min_gap),
         )
         for row, group in enumerate(candidates)
@@ -169,8 +171,8 @@ def _pairs(data: Dataset, outcomes: Sequence[PromptOutcome], config: PairsConfig
     kept = data.select([row for row, _, _ in found])
     prompts = kept["prompt"][:]
     columns: dict[str, list[Any]] = {"prompt": prompts}
-    for place, name in ((1, "chosen"), (2, "rejected")):
-        sides = [pair[place] for pair in found]
+    sides_by_name = {"chosen": [best for _, best, _ in found], "rejected": [worst for _, _, worst in found]}
+    for name, sides in sides_by_name.items():
         columns[name] = [_answer(prompt, side.text) for prompt, side in zip(prompts, sides, strict=True)]
         columns[f"{name}_reward"] = [side.reward for side in sides]
         columns[f"{name}_temperature"] = [config.temperatures[side.temperature] for side in sides]

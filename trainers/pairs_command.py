@@ -1,6 +1,5 @@
 """``dppo pairs``: preference pairs from a model, prompts and rewards, written to a file that TRL's DPOTrainer reads."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +7,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dppo_kernels.trainers.arguments import NO_REWARD, ArgumentParser, DataArguments, as_chat, split_config
@@ -64,21 +65,25 @@ def parse(arguments: Sequence[str]) -> tuple[PairsArguments, PairsConfig]:
 def run_pairs(arguments: Sequence[str]) -> tuple[Dataset, PairStatistics]:
     """Make the pairs, say where they are and what they are made of."""
     data, config = parse(arguments)
-    logging.getLogger("dppo_kernels").setLevel(logging.INFO)
     rewards = data.rewards()
     prompts = data.prompts(with_answers=not data.without_answers)
     if data.as_chat:
         prompts = prompts.map(as_chat)
     budget_texts = None if data.budget_file is None else Path(data.budget_file).read_text().splitlines()
     tokenizer = AutoTokenizer.from_pretrained(data.model_name_or_path, revision=data.model_revision)
-    pairs, statistics = make_pairs(
-        data.model_name_or_path if config.use_vllm else _load(data),
-        tokenizer,
-        prompts,
-        rewards,
-        config,
-        budget_texts=budget_texts,
-    )
+    model = data.model_name_or_path if config.use_vllm else _load(data)
+    columns = (TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console()) as progress:
+        task = progress.add_task("", total=len(prompts))
+        pairs, statistics = make_pairs(
+            model,
+            tokenizer,
+            prompts,
+            rewards,
+            config,
+            budget_texts=budget_texts,
+            on_batch=lambda done: progress.update(task, completed=done),
+        )
     print(statistics.summary())
     print(f"written to {config.output_file}")
     return pairs, statistics

@@ -1,7 +1,8 @@
 """Best and worst of each prompt's completions, and what a set of pairs is made of.
 
 At several temperatures "chosen" goes with a low temperature, and with a length: a preference that a model can learn without
-learning the reward. The statistics say how far.
+learning the reward. The statistics say how far. (Of equal rewards the first temperature takes part in the pair: where ties are
+frequent, as with right and wrong answers, `reward_by_temperature` says more than who wins.)
 """
 
 import math
@@ -42,6 +43,7 @@ class PromptOutcome:
         tokens: generated in all of them.
         truncated: how many of them the budget ended.
         unscored: how many have no reward. Truncated ones that are left out are not among them.
+        rewards: of each, temperature by temperature; None without one, and for those left out.
         gap: between best and worst; None with fewer than two rewards.
         chosen, rejected: the pair, or None and None.
     """
@@ -51,6 +53,7 @@ class PromptOutcome:
     tokens: int
     truncated: int
     unscored: int
+    rewards: list[float | None]
     gap: float | None
     chosen: Candidate | None = None
     rejected: Candidate | None = None
@@ -76,6 +79,7 @@ class PairStatistics:
         unscored: completions without a reward.
         truncated: completions that the budget ended, left out or not.
         temperatures: those sampled at.
+        reward_by_temperature: mean reward of all completions that have one, in pairs or not; None without any.
         chosen_by_temperature, rejected_by_temperature: pairs whose chosen (rejected) completion has each temperature.
         chosen_truncated, rejected_truncated: of the pairs.
         chosen_reward, rejected_reward: means over pairs; None without pairs, as below.
@@ -92,6 +96,7 @@ class PairStatistics:
     unscored: int
     truncated: int
     temperatures: tuple[float, ...]
+    reward_by_temperature: tuple[float | None, ...]
     chosen_by_temperature: tuple[int, ...]
     rejected_by_temperature: tuple[int, ...]
     chosen_truncated: int
@@ -166,6 +171,7 @@ def pair_statistics(outcomes: Sequence[PromptOutcome], temperatures: Sequence[fl
         unscored=sum(o.unscored for o in outcomes),
         truncated=sum(o.truncated for o in outcomes),
         temperatures=tuple(temperatures),
+        reward_by_temperature=tuple(_mean(_rewards_at(t, outcomes, len(temperatures))) for t in range(len(temperatures))),
         chosen_by_temperature=tuple(sum(c.temperature == t for c in chosen) for t in range(len(temperatures))),
         rejected_by_temperature=tuple(sum(c.temperature == t for c in rejected) for t in range(len(temperatures))),
         chosen_truncated=sum(c.truncated for c in chosen),
@@ -179,6 +185,15 @@ def pair_statistics(outcomes: Sequence[PromptOutcome], temperatures: Sequence[fl
             sum(low <= gap < high for gap in gaps) for low, high in zip(GAP_EDGES, (*GAP_EDGES[1:], math.inf), strict=True)
         ),
     )
+
+
+def _rewards_at(temperature: int, outcomes: Sequence[PromptOutcome], count: int) -> list[float]:
+    return [
+        reward
+        for outcome in outcomes
+        for i, reward in enumerate(outcome.rewards)
+        if reward is not None and i * count // len(outcome.rewards) == temperature
+    ]
 
 
 def _mean(values: Sequence[float]) -> float | None:

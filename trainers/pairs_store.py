@@ -76,7 +76,7 @@ class ShardFolder:
         return self.folder / f"shard-{index:06d}.json"
 
 
-def module_digest(model: torch.nn.Module) -> str:
+def module_digest(model: Any) -> str:
     """Of a model's class, config and weights."""
     digest = hashlib.sha256(type(model).__name__.encode())
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
