@@ -1,6 +1,6 @@
 """``dppo pairs``: preference pairs from a model, prompts and rewards, written to a file that TRL's DPOTrainer reads."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,11 @@ class PairsArguments(DataArguments):
     budget_file: str | None = field(default=None, metadata={"help": "Reference texts, one a line."})
 
 
-def parse(arguments: Sequence[str]) -> tuple[PairsArguments, PairsConfig]:
-    """Settings from flags and ``--config`` with a YAML file. Exits with status 2 where they are not understood."""
+def parse(arguments: Sequence[str]) -> tuple[PairsArguments, PairsConfig, list[Callable[..., Any]], Dataset]:
+    """Settings from flags and ``--config`` with a YAML file; the reward functions and the prompts that they name.
+
+    Exits with status 2 where they are not understood or not found.
+    """
     description = "Completions of prompts at several temperatures; the best and the worst by the reward are a pair."
     parser = ArgumentParser((PairsArguments, PairsConfig), prog="dppo pairs", description=description)
     try:
@@ -59,16 +62,17 @@ def parse(arguments: Sequence[str]) -> tuple[PairsArguments, PairsConfig]:
         parser.error(f"--reward_funcs {NO_REWARD}: pairs are chosen by a reward")
     if data.dtype not in ("auto", "float32", "bfloat16", "float16"):
         parser.error(f"--dtype must be auto, float32, bfloat16 or float16, got {data.dtype}")
-    return data, config
+    try:
+        rewards = data.rewards()
+        prompts = data.prompts(with_answers=not data.without_answers)
+    except (AttributeError, ImportError, OSError, TypeError, ValueError) as reason:
+        parser.error(str(reason))
+    return data, config, rewards, prompts.map(as_chat) if data.as_chat else prompts
 
 
 def run_pairs(arguments: Sequence[str]) -> tuple[Dataset, PairStatistics]:
     """Make the pairs, say where they are and what they are made of."""
-    data, config = parse(arguments)
-    rewards = data.rewards()
-    prompts = data.prompts(with_answers=not data.without_answers)
-    if data.as_chat:
-        prompts = prompts.map(as_chat)
+    data, config, rewards, prompts = parse(arguments)
     budget_texts = None if data.budget_file is None else Path(data.budget_file).read_text().splitlines()
     tokenizer = AutoTokenizer.from_pretrained(data.model_name_or_path, revision=data.model_revision)
     model = data.model_name_or_path if config.use_vllm else _load(data)

@@ -11,21 +11,34 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from transformers import Qwen3ForCausalLM
 
 from dppo_kernels.trainers.pairs_store import describe_reward
-from tests.trainers.conftest import reward_length
-from tests.trainers.pairs_worker import Reward, run
+from tests.trainers.conftest import reward_length, small_config
+from tests.trainers.pairs_worker import PROMPTS, Reward, run
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARDS = 4  # of 11 prompts
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> str:
+    """A model and its tokenizer."""
+    path = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(small_config(len(tokenizer)))
+    model.lm_head.weight.data *= 12
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def whole(folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run."""
     file = tmp_path_factory.mktemp("whole") / "pairs.parquet"
     reward = Reward()
-    pairs, statistics = run(str(file), reward)
+    pairs, statistics = run(folder, str(file), reward)
     assert reward._calls == SHARDS
     assert 5 < len(pairs) == statistics.pairs
     assert statistics.unscored > 0
@@ -37,43 +50,43 @@ def contents(file: Path) -> tuple[bytes, bytes]:
 
 
 @pytest.mark.parametrize("stop_at", [0, 2])
-def test_a_run_that_failed_goes_on(tmp_path: Path, whole: Path, stop_at: int) -> None:
+def test_a_run_that_failed_goes_on(tmp_path: Path, folder: str, whole: Path, stop_at: int) -> None:
     file = tmp_path / "pairs.parquet"
     with pytest.raises(RuntimeError, match="the reward failed"):
-        run(str(file), Reward(stop_at))
+        run(folder, str(file), Reward(stop_at))
     assert not file.exists()
     assert len(list(tmp_path.glob("pairs.shards/shard-*"))) == stop_at
     torch.rand(5)  # generators stand elsewhere than they did
     rest = Reward()
-    run(str(file), rest)
+    run(folder, str(file), rest)
     assert rest._calls == SHARDS - stop_at
     assert contents(file) == contents(whole)
 
 
-def test_a_process_that_was_killed_goes_on(tmp_path: Path, whole: Path) -> None:
+def test_a_process_that_was_killed_goes_on(tmp_path: Path, folder: str, whole: Path) -> None:
     file = tmp_path / "pairs.parquet"
-    code = f"from tests.trainers.pairs_worker import main; main({str(file)!r}, 2)"
+    code = f"from tests.trainers.pairs_worker import main; main({folder!r}, {str(file)!r}, 2)"
     killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    folder = tmp_path / "pairs.shards"
-    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "shard-000000.json", "shard-000001.json"]
-    (folder / "shard-000002.json.tmp").write_text('[{"row": 6, "comp')  # as one that is killed while it writes leaves it
+    shards = tmp_path / "pairs.shards"
+    assert sorted(path.name for path in shards.iterdir()) == ["manifest.json", "shard-000000.json", "shard-000001.json"]
+    (shards / "shard-000002.json.tmp").write_text('[{"row": 6, "comp')  # as one that is killed while it writes leaves it
     rest = Reward()
-    run(str(file), rest)
+    run(folder, str(file), rest)
     assert rest._calls == 2
     assert contents(file) == contents(whole)
 
 
-def test_a_complete_run_is_read_again(whole: Path, tmp_path: Path) -> None:
+def test_a_complete_run_is_read_again(folder: str, whole: Path, tmp_path: Path) -> None:
     file = tmp_path / "pairs.parquet"
     file.with_suffix(".shards").symlink_to(whole.with_suffix(".shards"))
-    pairs, statistics = run(str(file), Reward(stop_at=0))
+    pairs, statistics = run(folder, str(file), Reward(stop_at=0))
     assert contents(file) == contents(whole)
     assert statistics.as_dict() == json.loads(whole.with_suffix(".statistics.json").read_text())
     assert len(pairs) == statistics.pairs
 
 
-def test_batches_draw_differently(whole: Path, tmp_path: Path) -> None:
+def test_batches_draw_differently(folder: str, tmp_path: Path) -> None:
     """Equal prompts in different batches: each batch has a seed of its own."""
     rows = Dataset.from_dict({"prompt": ["1+1="] * 4, "row": range(1, 5)})
     seen: list[str] = []
@@ -82,7 +95,7 @@ def test_batches_draw_differently(whole: Path, tmp_path: Path) -> None:
         seen.extend(completions)
         return reward_length(completions)
 
-    run(str(tmp_path / "pairs.parquet"), keep, rows=rows, batch_size=1)
+    run(folder, str(tmp_path / "pairs.parquet"), keep, rows=rows, batch_size=1)
     assert len(set(seen)) > 12
 
 
@@ -90,7 +103,8 @@ class OtherReward(Reward):
     pass
 
 
-def weights_changed(model: Any) -> Any:
+def weights_changed(folder: str) -> Qwen3ForCausalLM:
+    model = Qwen3ForCausalLM.from_pretrained(folder)
     model.model.norm.weight.data[3] += 1e-6
     return model
 
@@ -104,7 +118,7 @@ def weights_changed(model: Any) -> Any:
         ({"max_completion_length": 7}, "max_completion_length was 6, is 7"),
         ({"rows": Dataset.from_dict({"prompt": ["1"] * 11, "row": range(11)})}, "prompts was"),
         (
-            {"rows": Dataset.from_dict({"prompt": [f"{i}+{i * i}=" for i in range(11)], "row": [0] * 11})},
+            {"rows": Dataset.from_dict({"prompt": PROMPTS, "row": [0] * 11})},
             "prompts was",  # columns that only rewards read
         ),
         ({"model": weights_changed}, "model was"),
@@ -112,22 +126,23 @@ def weights_changed(model: Any) -> Any:
         ({"reward": [Reward(), Reward()]}, "rewards was"),
     ],
 )
-def test_a_folder_of_another_run_is_refused(whole: Path, model, changes: dict[str, Any], differs: str) -> None:
+def test_a_folder_of_another_run_is_refused(folder: str, whole: Path, changes: dict[str, Any], differs: str) -> None:
     before = contents(whole)
     reward = changes.get("reward", Reward(stop_at=0))
-    others = {name: value for name, value in changes.items() if name not in ("reward", "model")}
-    policy = changes["model"](model) if "model" in changes else model
+    others = {name: value for name, value in changes.items() if name != "reward"}
+    if "model" in changes:
+        others["model"] = changes["model"](folder)
     with pytest.raises(ValueError, match=f"holds shards of another run: {differs}") as error:
-        run(str(whole), reward, policy, **others)
+        run(folder, str(whole), reward, **others)
     assert str(error.value).count(" was ") == (2 if "min_gap" in changes else 1)
     assert contents(whole) == before
 
 
-def test_a_file_of_unknown_origin_is_not_written_over(tmp_path: Path) -> None:
+def test_a_file_of_unknown_origin_is_not_written_over(folder: str, tmp_path: Path) -> None:
     file = tmp_path / "pairs.parquet"
     file.write_bytes(b"mine")
-    with pytest.raises(ValueError, match="exists, and .* does not say what it was made from"):
-        run(str(file), Reward(stop_at=0))
+    with pytest.raises(ValueError, match=r"exists, and .* does not say what it was made from"):
+        run(folder, str(file), Reward(stop_at=0))
     assert file.read_bytes() == b"mine"
 
 
