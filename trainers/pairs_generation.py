@@ -58,7 +58,7 @@ class TransformersSampler:
     def __call__(self, prompts: Sequence[list[int]], first_row: int, sampling: Sampling) -> list[Completions]:
         device = self.model.device
         longest = max(map(len, prompts))
-        # Masked, but a repetition penalty sees the ids: with the row's own first token for padding it counts the prompt's only.
+        # Masked, but not from the repetition penalty of every transformers: the row's own first token adds nothing to it.
         ids = torch.tensor([[row[0]] * (longest - len(row)) + row for row in prompts], device=device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=device)
         completions: list[Completions] = [[] for _ in prompts]
