@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from dppo_kernels.trainers.distill_ppo import DistillPPOTrainer
     from dppo_kernels.trainers.distill_ppo_config import DistillPPOConfig
     from dppo_kernels.trainers.dppo import DPPOConfig, DPPOTrainer
+    from dppo_kernels.trainers.pairs import make_pairs
+    from dppo_kernels.trainers.pairs_config import PairsConfig
     from dppo_kernels.trainers.ppo import PPOTrainer
     from dppo_kernels.trainers.ppo_config import DecoupledPPOConfig, PPOConfig
 
@@ -23,7 +25,9 @@ __all__ = [
     "DistillPPOTrainer",
     "PPOConfig",
     "PPOTrainer",
+    "PairsConfig",
     "accelerate_trl",
+    "make_pairs",
 ]
 
 _MODULES = {
@@ -37,7 +41,9 @@ _MODULES = {
     "DistillPPOTrainer": "distill_ppo",
     "PPOConfig": "ppo_config",
     "PPOTrainer": "ppo",
+    "PairsConfig": "pairs_config",
     "accelerate_trl": "accelerate",
+    "make_pairs": "pairs",
 }
 
 

@@ -1,5 +1,6 @@
 """The ``dppo`` command: ``dppo doctor`` says what this installation can do, ``dppo train dapo`` trains from flags and a YAML
-file, ``dppo demo`` compares methods on this machine, ``dppo accelerate train.py`` runs a script with TRL on our kernels."""
+file, ``dppo pairs`` generates preference pairs, ``dppo demo`` compares methods on this machine, ``dppo accelerate train.py``
+runs a script with TRL on our kernels."""
 
 import argparse
 import importlib.metadata
@@ -32,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     train.add_argument("algorithm", choices=TRAINERS)
     train.add_argument("rest", nargs=argparse.REMAINDER, help="options of the trainer")
+    pairs = commands.add_parser("pairs", help="generate preference pairs for DPO from prompts and a reward", add_help=False)
+    pairs.add_argument("rest", nargs=argparse.REMAINDER)
     accelerate = commands.add_parser(
         "accelerate",
         help="run a training script with TRL's trainers scoring through our kernels",
@@ -47,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _demo([*extra, *parsed.rest])
     if parsed.command == "train":
         return _train(parsed.algorithm, [*extra, *parsed.rest])
+    if parsed.command == "pairs":
+        return _pairs([*extra, *parsed.rest])
     if extra:
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
     if parsed.command == "doctor":
@@ -117,6 +122,14 @@ def _train(algorithm: str, arguments: list[str]) -> int:
     from dppo_kernels.trainers.train import train
 
     train(algorithm, arguments)
+    return 0
+
+
+def _pairs(arguments: list[str]) -> int:
+    from dppo_kernels.trainers import _trl_seam  # noqa: F401  (first, as above)
+    from dppo_kernels.trainers.pairs_command import run_pairs
+
+    run_pairs(arguments)
     return 0
 
 

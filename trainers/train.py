@@ -1,19 +1,18 @@
 """``dppo train``: a trainer of this package on prompts with checkable answers, from flags and a YAML file."""
 
-import importlib
 import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from dppo_kernels.trainers.arguments import NO_REWARD, ArgumentParser, DataArguments, as_chat, split_config
 from dppo_kernels.trainers.dapo import DAPOConfig, DAPOTrainer
-from dppo_kernels.trainers.data import MATH_TEMPLATE, load_prompts, split_problems
+from dppo_kernels.trainers.data import split_problems
 from dppo_kernels.trainers.decoupled_ppo import DecoupledPPOTrainer
 from dppo_kernels.trainers.demo.offline import EXPERT_STEPS, OFFLINE_MODEL, WARMUP_STEPS, build_offline_model
 from dppo_kernels.trainers.distill_ppo import DistillPPOTrainer
@@ -21,7 +20,6 @@ from dppo_kernels.trainers.distill_ppo_config import DistillPPOConfig
 from dppo_kernels.trainers.dppo import DPPOConfig, DPPOTrainer
 from dppo_kernels.trainers.ppo import PPOTrainer
 from dppo_kernels.trainers.ppo_config import DecoupledPPOConfig, PPOConfig
-from dppo_kernels.trainers.rewards import MathAnswerReward
 
 ALGORITHMS: dict[str, tuple[type[Any], type[Any]]] = {
     "dapo": (DAPOConfig, DAPOTrainer),
@@ -31,50 +29,19 @@ ALGORITHMS: dict[str, tuple[type[Any], type[Any]]] = {
     "ppo": (PPOConfig, PPOTrainer),
 }
 CONFIGS = Path(__file__).with_name("configs")  # shipped ones, in a folder per algorithm
-MATH_REWARD, NO_REWARD = "math_answer", "none"
 EVAL_ACCURACY = "eval_answers/correct"
-
-# Other spellings of options, on the command line (by their dataclass) and in YAML files.
-_ALIASES = {"entropy_coeff": "entropy_coef"}
 
 
 @dataclass
-class TrainArguments:
-    """Data and rewards of ``dppo train``.
+class TrainArguments(DataArguments):
+    """`DataArguments` with what only training needs.
 
     Args:
-        dataset_name: a file, folder, glob, hub id or generated set, see `load_prompts`.
-        dataset_config: configuration of a hub dataset.
-        dataset_train_split: split that is trained on.
-        dataset_limit: use the first prompts only.
-        answer_column: column of gold answers, where it is not found by itself.
-        prompt_template: "math" for `MATH_TEMPLATE`, or a text with one {problem}, put around each problem.
-        as_chat: make plain prompts the user's message of a chat, for models with a chat template.
         eval_size: hold out so many prompts for evaluation.
-        reward_funcs: "math_answer", import paths of reward functions such as my_rewards.exact, or "none": no function, and so
-            no gold answers are read.
-        correct_reward: of "math_answer", for a right answer.
-        wrong_reward: of "math_answer", for any other.
-        boxed: of "math_answer": "fallback", "never" or "only", see `MathAnswerReward`.
-        answer_time_limit: of "math_answer": seconds for one comparison.
         offline_warmup_steps: supervised steps of the model that `model_name_or_path: offline` makes.
     """
 
-    dataset_name: str = field(default="mixed", metadata={"help": "File, folder, hub id or generated set."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split that is trained on."})
-    dataset_limit: int | None = field(default=None, metadata={"help": "Use the first prompts only."})
-    answer_column: str | None = field(default=None, metadata={"help": "Column of gold answers (default: found by itself)."})
-    prompt_template: str | None = field(default=None, metadata={"help": "'math', or a text with one {problem}."})
-    as_chat: bool = field(default=False, metadata={"help": "Make plain prompts the user's message of a chat."})
     eval_size: int = field(default=0, metadata={"help": "Hold out so many prompts for evaluation."})
-    reward_funcs: list[str] = field(
-        default_factory=lambda: [MATH_REWARD], metadata={"help": f"{MATH_REWARD}, import paths, or {NO_REWARD}."}
-    )
-    correct_reward: float = field(default=1.0, metadata={"help": f"Of {MATH_REWARD}."})
-    wrong_reward: float = field(default=-1.0, metadata={"help": f"Of {MATH_REWARD}."})
-    boxed: str = field(default="fallback", metadata={"help": f"Of {MATH_REWARD}: fallback, never or only."})
-    answer_time_limit: float = field(default=5.0, metadata={"help": f"Of {MATH_REWARD}: seconds for one comparison."})
     offline_warmup_steps: int = field(default=WARMUP_STEPS, metadata={"help": "Of the model 'offline': supervised steps."})
 
     def __post_init__(self) -> None:
@@ -125,18 +92,6 @@ class DistillTrainArguments(PPOTrainArguments):
         return {**super().models(), "teacher": self.teacher_model_path}
 
 
-class _Parser(TrlParser):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        for action in self._actions:
-            # Of options that may be None, such as --bf16, TRL's parser wants the value spelt out.
-            if getattr(action.type, "__name__", "") == "string_to_bool" and action.nargs is None:
-                action.nargs, action.const = "?", True
-
-    def set_defaults_with_config(self, **values: Any) -> list[str]:
-        return super().set_defaults_with_config(**{_ALIASES.get(name, name): value for name, value in values.items()})
-
-
 def shipped_configs(algorithm: str) -> dict[str, Path]:
     """YAML files that come with the package, by name."""
     return {path.stem: path for path in sorted((CONFIGS / algorithm).glob("*.yaml"))}
@@ -153,8 +108,10 @@ def parse(algorithm: str, arguments: Sequence[str]) -> tuple[TrainArguments, Any
         arguments_class = DistillTrainArguments
     names = shipped_configs(algorithm)
     description = f"Options of TRL's GRPOConfig and ModelConfig work too. Shipped for --config: {', '.join(names)}."
-    parser = _Parser((arguments_class, config_class, ModelConfig), prog=f"dppo train {algorithm}", description=description)
-    arguments = [part for argument in arguments for part in _split_config(argument)]
+    parser = ArgumentParser(
+        (arguments_class, config_class, ModelConfig), prog=f"dppo train {algorithm}", description=description
+    )
+    arguments = [part for argument in arguments for part in split_config(argument)]
     if "--config" in arguments[:-1]:
         place = arguments.index("--config") + 1
         given = arguments[place]
@@ -180,26 +137,12 @@ def parse(algorithm: str, arguments: Sequence[str]) -> tuple[TrainArguments, Any
     return data, config, model
 
 
-def _split_config(argument: str) -> list[str]:
-    """TRL's parser knows `--config FILE`, and not `--config=FILE`."""
-    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
-
-
 def train(algorithm: str, arguments: Sequence[str]) -> Any:
     """Train as told; the model goes to `output_dir`. Returns the trainer."""
     data_args, config, model_args = parse(algorithm, arguments)
-    rewards = [_reward(name, data_args) for name in data_args.reward_funcs if name != NO_REWARD]
-    template = MATH_TEMPLATE if data_args.prompt_template == "math" else data_args.prompt_template
+    rewards = data_args.rewards()
     with config.main_process_first(desc="loading prompts"):
-        prompts = load_prompts(
-            data_args.dataset_name,
-            config=data_args.dataset_config,
-            split=data_args.dataset_train_split,
-            answer_column=data_args.answer_column,
-            template=template,
-            limit=data_args.dataset_limit,
-            with_answers=bool(rewards),
-        )
+        prompts = data_args.prompts(with_answers=bool(rewards))
     held_out = None
     if data_args.eval_size:
         prompts, held_out = split_problems(prompts, data_args.eval_size, seed=config.seed)
@@ -210,8 +153,8 @@ def train(algorithm: str, arguments: Sequence[str]) -> Any:
     if isinstance(data_args, DistillTrainArguments) and data_args.teacher_model_path == OFFLINE_MODEL:
         models["teacher"] = _offline_model("teacher", config, resume, prompts, data_args.offline_teacher_steps, expert=True)
     if data_args.as_chat:
-        prompts = prompts.map(_as_chat)
-        held_out = held_out and held_out.map(_as_chat)
+        prompts = prompts.map(as_chat)
+        held_out = held_out and held_out.map(as_chat)
     init = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -238,27 +181,6 @@ def train(algorithm: str, arguments: Sequence[str]) -> Any:
     if "tensorboard" in config.report_to:
         trainer.accelerator.print(f"curves   tensorboard --logdir {config.output_dir}")
     return trainer
-
-
-def _reward(name: str, arguments: TrainArguments) -> Callable[..., Any]:
-    if name == MATH_REWARD:
-        return MathAnswerReward(
-            correct=arguments.correct_reward,
-            wrong=arguments.wrong_reward,
-            boxed=arguments.boxed,
-            time_limit=arguments.answer_time_limit,
-        )
-    module, _, function = name.rpartition(".")
-    if not module:
-        raise ValueError(f"`reward_funcs` holds {name!r}: expected {MATH_REWARD!r} or an import path such as my_rewards.exact")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python` would, for a module beside the user
-    return getattr(importlib.import_module(module), function)
-
-
-def _as_chat(row: dict[str, Any]) -> dict[str, Any]:
-    prompt = row["prompt"]
-    return {"prompt": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt}
 
 
 def _resume(value: str | None) -> str | bool | None:

@@ -1,0 +1,168 @@
+"""A run of pairs that was killed goes on where it was, to the same bytes; anything else in its folder is refused."""
+
+import functools
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import Qwen3ForCausalLM
+
+from dppo_kernels.trainers.pairs_store import describe_reward
+from tests.trainers.conftest import reward_length, small_config
+from tests.trainers.pairs_worker import PROMPTS, Reward, run
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARDS = 4  # of 11 prompts
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> str:
+    """A model and its tokenizer."""
+    path = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(small_config(len(tokenizer)))
+    model.lm_head.weight.data *= 12
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def whole(folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run."""
+    file = tmp_path_factory.mktemp("whole") / "pairs.parquet"
+    reward = Reward()
+    pairs, statistics = run(folder, str(file), reward)
+    assert reward._calls == SHARDS
+    assert 5 < len(pairs) == statistics.pairs
+    assert statistics.unscored > 0
+    return file
+
+
+def contents(file: Path) -> tuple[bytes, bytes]:
+    return file.read_bytes(), file.with_suffix(".statistics.json").read_bytes()
+
+
+@pytest.mark.parametrize("stop_at", [0, 2])
+def test_a_run_that_failed_goes_on(tmp_path: Path, folder: str, whole: Path, stop_at: int) -> None:
+    file = tmp_path / "pairs.parquet"
+    with pytest.raises(RuntimeError, match="the reward failed"):
+        run(folder, str(file), Reward(stop_at))
+    assert not file.exists()
+    assert len(list(tmp_path.glob("pairs.shards/shard-*"))) == stop_at
+    torch.rand(5)  # generators stand elsewhere than they did
+    rest = Reward()
+    run(folder, str(file), rest)
+    assert rest._calls == SHARDS - stop_at
+    assert contents(file) == contents(whole)
+
+
+def test_a_process_that_was_killed_goes_on(tmp_path: Path, folder: str, whole: Path) -> None:
+    file = tmp_path / "pairs.parquet"
+    code = f"from tests.trainers.pairs_worker import main; main({folder!r}, {str(file)!r}, 2)"
+    killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    shards = tmp_path / "pairs.shards"
+    assert sorted(path.name for path in shards.iterdir()) == ["manifest.json", "shard-000000.json", "shard-000001.json"]
+    (shards / "shard-000002.json.tmp").write_text('[{"row": 6, "comp')  # as one that is killed while it writes leaves it
+    rest = Reward()
+    run(folder, str(file), rest)
+    assert rest._calls == 2
+    assert contents(file) == contents(whole)
+
+
+def test_a_complete_run_is_read_again(folder: str, whole: Path, tmp_path: Path) -> None:
+    file = tmp_path / "pairs.parquet"
+    file.with_suffix(".shards").symlink_to(whole.with_suffix(".shards"))
+    pairs, statistics = run(folder, str(file), Reward(stop_at=0))
+    assert contents(file) == contents(whole)
+    assert statistics.as_dict() == json.loads(whole.with_suffix(".statistics.json").read_text())
+    assert len(pairs) == statistics.pairs
+
+
+def test_batches_draw_differently(folder: str, tmp_path: Path) -> None:
+    """Equal prompts in different batches: each batch has a seed of its own."""
+    rows = Dataset.from_dict({"prompt": ["1+1="] * 4, "row": range(1, 5)})
+    seen: list[str] = []
+
+    def keep(completions: list[str], **kwargs: Any) -> list[float]:
+        seen.extend(completions)
+        return reward_length(completions)
+
+    run(folder, str(tmp_path / "pairs.parquet"), keep, rows=rows, batch_size=1)
+    assert len(set(seen)) > 12
+
+
+class OtherReward(Reward):
+    pass
+
+
+def weights_changed(folder: str) -> Qwen3ForCausalLM:
+    model = Qwen3ForCausalLM.from_pretrained(folder)
+    model.model.norm.weight.data[3] += 1e-6
+    return model
+
+
+@pytest.mark.parametrize(
+    ("changes", "differs"),
+    [
+        ({"temperatures": [0.6, 0.8, 1.0]}, r"temperatures was \[0.6, 0.8, 1.0, 1.2\], is \[0.6, 0.8, 1.0\]"),
+        ({"seed": 43}, "seed was 42, is 43"),
+        ({"batch_size": 4, "min_gap": 0.5}, "batch_size was 3, is 4; min_gap was 0.01, is 0.5"),
+        ({"max_completion_length": 7}, "max_completion_length was 6, is 7"),
+        ({"rows": Dataset.from_dict({"prompt": ["1"] * 11, "row": range(11)})}, "prompts was"),
+        (
+            {"rows": Dataset.from_dict({"prompt": PROMPTS, "row": [0] * 11})},
+            "prompts was",  # columns that only rewards read
+        ),
+        ({"model": weights_changed}, "model was"),
+        ({"reward": OtherReward()}, "rewards was"),
+        ({"reward": [Reward(), Reward()]}, "rewards was"),
+    ],
+)
+def test_a_folder_of_another_run_is_refused(folder: str, whole: Path, changes: dict[str, Any], differs: str) -> None:
+    before = contents(whole)
+    reward = changes.get("reward", Reward(stop_at=0))
+    others = {name: value for name, value in changes.items() if name != "reward"}
+    if "model" in changes:
+        others["model"] = changes["model"](folder)
+    with pytest.raises(ValueError, match=f"holds shards of another run: {differs}") as error:
+        run(folder, str(whole), reward, **others)
+    assert str(error.value).count(" was ") == (2 if "min_gap" in changes else 1)
+    assert contents(whole) == before
+
+
+def test_a_file_of_unknown_origin_is_not_written_over(folder: str, tmp_path: Path) -> None:
+    file = tmp_path / "pairs.parquet"
+    file.write_bytes(b"mine")
+    with pytest.raises(ValueError, match=r"exists, and .* does not say what it was made from"):
+        run(folder, str(file), Reward(stop_at=0))
+    assert file.read_bytes() == b"mine"
+
+
+def scaled(completions: list[str], scale: float) -> list[float]:
+    return [scale * x for x in reward_length(completions)]
+
+
+class Scaled:
+    def __init__(self, scale: float) -> None:
+        self.scale, self._cache = scale, object()
+
+    def score(self, completions: list[str], **kwargs: Any) -> list[float]:
+        return scaled(completions, self.scale)
+
+    __call__ = score
+
+
+def test_settings_of_rewards_are_told_apart() -> None:
+    for make in (Scaled, lambda x: Scaled(x).score, lambda x: functools.partial(scaled, scale=x)):
+        assert describe_reward(make(2.0)) == describe_reward(make(2.0))
+        assert describe_reward(make(2.0)) != describe_reward(make(3.0))
+    assert describe_reward(scaled) != describe_reward(reward_length)
+    assert json.dumps(describe_reward(len))  # without source
