@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from dppo_kernels.trainers.decoupled_ppo import DecoupledPPOTrainer
     from dppo_kernels.trainers.distill_ppo import DistillPPOTrainer
     from dppo_kernels.trainers.distill_ppo_config import DistillPPOConfig
+    from dppo_kernels.trainers.dpo import DPOConfig, DPOTrainer
     from dppo_kernels.trainers.dppo import DPPOConfig, DPPOTrainer
     from dppo_kernels.trainers.pairs import make_pairs
     from dppo_kernels.trainers.pairs_config import PairsConfig
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 __all__ = [
     "DAPOConfig",
     "DAPOTrainer",
+    "DPOConfig",
+    "DPOTrainer",
     "DPPOConfig",
     "DPPOTrainer",
     "DecoupledPPOConfig",
@@ -33,6 +36,8 @@ __all__ = [
 _MODULES = {
     "DAPOConfig": "dapo",
     "DAPOTrainer": "dapo",
+    "DPOConfig": "dpo",
+    "DPOTrainer": "dpo",
     "DPPOConfig": "dppo",
     "DPPOTrainer": "dppo",
     "DecoupledPPOConfig": "ppo_config",

@@ -73,6 +73,20 @@ GRPO_TRAINER_ATTRIBUTES = (
     "vllm_importance_sampling_correction",
 )
 
+# Of TRL's DPOTrainer: methods that are overridden, attributes that are read or set.
+DPO_TRAINER_METHODS = ("_compute_loss", "compute_ref_log_probs", "_save_checkpoint")
+DPO_TRAINER_ATTRIBUTES = (
+    "_is_vlm",
+    "_metrics",
+    "_total_train_tokens",
+    "_tp_size",
+    "aux_loss_enabled",
+    "loss_types",
+    "precompute_ref_logps",
+    "ref_model",
+    "router_aux_loss_coef",
+)
+
 # Of a trainer with and without `use_vllm`.
 VLLM_TRAINER_ATTRIBUTES = ("_last_loaded_step", "vllm_generation")
 TRANSFORMERS_TRAINER_ATTRIBUTES = ("generation_config",)
@@ -126,18 +140,27 @@ check_versions()
 
 # After the check, so that its message comes first. All of transformers' mixtures of experts take their loss from Mixtral.
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func  # noqa: E402
+from trl import DPOConfig as TRLDPOConfig  # noqa: E402
+from trl import DPOTrainer as TRLDPOTrainer  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 from trl.generation.vllm_client import VLLMClient  # noqa: E402
 from trl.generation.vllm_generation import VLLMGeneration  # noqa: E402
+from trl.models.utils import disable_gradient_checkpointing  # noqa: E402
 from trl.trainer import utils as trainer_utils  # noqa: E402
 from trl.trainer.utils import (  # noqa: E402
     RepeatSampler,
     create_model_from_path,
     shuffle_sequence_dict,
     split_tensor_dict,
+    use_adapter,
 )
 
-for _owner, _names in ((GRPOTrainer, GRPO_TRAINER_METHODS), (VLLMGeneration, VLLM_METHODS), (VLLMClient, ("get_server_info",))):
+for _owner, _names in (
+    (GRPOTrainer, GRPO_TRAINER_METHODS),
+    (TRLDPOTrainer, DPO_TRAINER_METHODS),
+    (VLLMGeneration, VLLM_METHODS),
+    (VLLMClient, ("get_server_info",)),
+):
     _missing = [f"{_owner.__name__}.{name}" for name in _names if not hasattr(_owner, name)]
     if _missing:
         raise ImportError(f"trl {importlib.metadata.version('trl')} lacks {', '.join(_missing)}")
@@ -149,6 +172,13 @@ def check_attributes(trainer: GRPOTrainer) -> None:
     missing = [name for name in (*GRPO_TRAINER_ATTRIBUTES, *generation) if not hasattr(trainer, name)]
     if missing:
         raise ImportError(f"GRPOTrainer of trl {importlib.metadata.version('trl')} sets no {', '.join(missing)}")
+
+
+def check_dpo_attributes(trainer: TRLDPOTrainer) -> None:
+    """Raise ImportError if a constructed DPOTrainer lacks an attribute that this package relies on."""
+    missing = [name for name in DPO_TRAINER_ATTRIBUTES if not hasattr(trainer, name)]
+    if missing:
+        raise ImportError(f"DPOTrainer of trl {importlib.metadata.version('trl')} sets no {', '.join(missing)}")
 
 
 def check_vllm_attributes(generation: VLLMGeneration) -> None:
@@ -191,14 +221,19 @@ __all__ = [
     "GRPOConfig",
     "GRPOTrainer",
     "RepeatSampler",
+    "TRLDPOConfig",
+    "TRLDPOTrainer",
     "check_attributes",
+    "check_dpo_attributes",
     "check_scoring",
     "check_versions",
     "check_vllm_attributes",
     "create_model_from_path",
+    "disable_gradient_checkpointing",
     "load_balancing_loss_func",
     "shuffle_sequence_dict",
     "split_tensor_dict",
     "supported_range",
     "trainer_utils",
+    "use_adapter",
 ]

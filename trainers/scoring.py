@@ -141,7 +141,7 @@ def install_scoring(
                 rest = {name: value for name, value in distill.items() if name != "sequences"}
                 output.distill_loss, output.distill_stats = compare(student, **rest)
         if kwargs.get("output_router_logits"):
-            output.aux_loss = _load_balancing_loss(self.config, backbone.router_logits, kwargs.get("attention_mask"))
+            output.aux_loss = load_balancing_loss(self.config, backbone.router_logits, kwargs.get("attention_mask"))
         return output
 
     model.forward = types.MethodType(forward, model)
@@ -160,7 +160,7 @@ def scoring_installed(model: PreTrainedModel, **settings: Any) -> Iterator[None]
             model.forward = own
 
 
-def _load_balancing_loss(config: PretrainedConfig, router_logits: Any, attention_mask: Tensor | None) -> Tensor:
+def load_balancing_loss(config: PretrainedConfig, router_logits: Any, attention_mask: Tensor | None) -> Tensor:
     text = config.get_text_config()
     experts = text.num_experts if hasattr(text, "num_experts") else text.num_local_experts
     return load_balancing_loss_func(router_logits, experts, text.num_experts_per_tok, attention_mask)

@@ -1,0 +1,307 @@
+"""DPOTrainer against TRL's own on the same batches: every loss, its gradient, metrics, training; what it refuses."""
+
+import functools
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from torch import Tensor
+from transformers import Gemma2Config, Gemma2ForCausalLM
+from trl import DPOConfig as TRLConfig
+from trl import DPOTrainer as TRLTrainer
+
+from dppo_kernels import PreferenceSpec
+from dppo_kernels.preference_spec import F_DIVERGENCES
+from dppo_kernels.trainers import DPOConfig, DPOTrainer
+from dppo_kernels.trainers.dpo import METRICS
+from tests.trainers.conftest import history, weights
+from tests.trainers.dpo_worker import trained
+from tests.trainers.ranks import run_ranks
+
+
+@pytest.fixture
+def pairs() -> Dataset:
+    rows = [(a, b) for a in range(0, 60, 7) for b in range(1, 4)]
+    return Dataset.from_list(
+        [{"prompt": f"{a}+{b}=", "chosen": str(a + b), "rejected": f"{a + b + 1} or {a * 7}"} for a, b in rows]
+    )
+
+
+@pytest.fixture
+def make(tmp_path, model, tokenizer, pairs) -> Any:
+    """Ours or TRL's trainer of a copy of one model, with a reference that is another."""
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    made = iter(range(100))
+
+    def build(trainer: type = DPOTrainer, config: type = DPOConfig, *, reference: bool = True, **changes: Any) -> Any:
+        settings = {
+            "output_dir": str(tmp_path / f"out{next(made)}"),
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "per_device_train_batch_size": 4,
+            "max_steps": 4,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "report_to": [],
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "seed": 3,
+        }
+        passed = {name: changes.pop(name) for name in ("peft_config", "eval_dataset") if name in changes}
+        policy = changes.pop("model", None) or type(model).from_pretrained(folder)
+        other = None
+        if reference:
+            other = type(policy)(policy.config)
+            torch.manual_seed(7)
+            other.load_state_dict({name: x + 0.005 * torch.randn_like(x) for name, x in policy.state_dict().items()})
+        args = config(**(settings | changes))
+        torch.manual_seed(5)
+        data = {"train_dataset": pairs, "processing_class": tokenizer}
+        return trainer(policy, other, args, **data, **passed)
+
+    return build
+
+
+@pytest.fixture
+def both(make) -> tuple[Any, Any, dict[str, Tensor]]:
+    """(ours, TRL's, a batch), with the same two models."""
+    ours, theirs = make(), make(TRLTrainer, TRLConfig)
+    theirs.ref_model.load_state_dict(ours.ref_model.state_dict())
+    batch = next(iter(ours.get_train_dataloader()))
+    return ours, theirs, batch
+
+
+def loss_and_gradient(trainer: Any, batch: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+    trainer.model.train()
+    trainer.model.zero_grad()
+    loss = trainer._compute_loss(trainer.model, batch, return_outputs=False)
+    loss.backward()
+    return loss.detach(), [p.grad.clone() for p in trainer.model.parameters() if p.grad is not None]
+
+
+def follow(ours: Any, theirs: Any, **changes: Any) -> None:
+    """Give both trainers one loss."""
+    spec = PreferenceSpec(**{"beta": 0.3, "label_smoothing": 0.1, **changes})
+    ours.spec = spec
+    theirs.loss_types, theirs.loss_weights = list(spec.loss_type), list(spec.loss_weights or [1.0] * len(spec.loss_type))
+    for name in ("beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha", "use_weighting"):
+        setattr(theirs, name, getattr(spec, name))
+    theirs.args.discopop_tau = spec.discopop_tau
+
+
+OF_DIFFERENCES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
+OTHERS = ("nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down")
+ACCEPTED = [
+    *({"loss_type": name, "f_divergence_type": kind} for name in OF_DIFFERENCES for kind in F_DIVERGENCES),
+    *({"loss_type": name} for name in OTHERS),
+    *({"loss_type": name, "ld_alpha": 0.4} for name in ("sigmoid", "ipo", "aot", "sft", "sigmoid_norm")),
+    *({"loss_type": name, "use_weighting": True} for name in (*OF_DIFFERENCES, *OTHERS) if not name.startswith("aot")),
+    {"loss_type": ("sigmoid", "bco_pair", "sft"), "loss_weights": (0.8, 0.2, 1.0)},
+    {"loss_type": ("apo_zero", "sft"), "ld_alpha": 0.2, "use_weighting": True},
+    {"loss_type": "sigmoid", "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0},
+]
+
+
+def test_every_combination_that_trl_accepts(both) -> None:
+    ours, theirs, batch = both
+    assert len(set(batch["completion_mask"].sum(1).tolist())) > 1
+    for changes in ACCEPTED:
+        follow(ours, theirs, **changes)
+        named = functools.partial("{}: {}".format, changes)
+        (loss, grads), (expected, expected_grads) = (loss_and_gradient(trainer, batch) for trainer in both[:2])
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6, msg=named)
+        scale = max(1.0, *(g.abs().max().item() for g in expected_grads))
+        torch.testing.assert_close(
+            grads, expected_grads, rtol=1e-5, atol=3e-6 * scale, msg=lambda text, c=changes: f"{c}: {text}"
+        )
+        assert max(g.abs().max() for g in grads) > 0, changes
+
+
+def test_the_others_are_refused_with_the_same_kind_of_error(make) -> None:
+    refused = [
+        *({"loss_type": [name], "f_divergence_type": "forward_kl"} for name in OTHERS),
+        {"loss_type": ["aot"], "use_weighting": True},
+        {"loss_type": ["aot_unpaired", "sigmoid"], "use_weighting": True},
+        {"loss_type": ["exo_pair"]},
+        {"loss_type": ["sigmoid", "hinge"], "loss_weights": [1.0]},
+    ]
+    for changes in refused:
+        with pytest.raises((ValueError, NotImplementedError)) as theirs:
+            make(TRLTrainer, TRLConfig, **changes)
+        with pytest.raises((ValueError, NotImplementedError)) as ours:
+            make(**changes)
+        assert ours.type is theirs.type, changes
+
+
+def test_the_first_step_is_log_2_and_the_boundary_of_prompts_counts(make) -> None:
+    trainer = make(reference=False, precompute_ref_log_probs=False)
+    batch = next(iter(trainer.get_train_dataloader()))
+    loss, _ = loss_and_gradient(trainer, batch)
+    assert loss.item() == torch.tensor(math.log(2), dtype=torch.float32).item()
+    precomputed = make(reference=False, precompute_ref_log_probs=True)
+    batch = next(iter(precomputed.get_train_dataloader()))
+    assert batch["ref_chosen_logps"].dtype == torch.float64
+    assert loss_and_gradient(precomputed, batch)[0].item() == loss.item()
+
+    other = make()
+    batch = next(iter(other.get_train_dataloader()))
+    right, _ = loss_and_gradient(other, batch)
+    for moved in (-1, 1):  # the first token of every completion left out, or the last one of every prompt scored
+        starts = batch["completion_mask"].argmax(1, keepdim=True) - moved
+        mask = (torch.arange(batch["input_ids"].shape[1]) >= starts).long() * batch["attention_mask"]
+        print(moved, starts.T, batch["completion_mask"], mask)
+        wrong, _ = loss_and_gradient(other, {**batch, "completion_mask": mask})
+        assert abs(wrong - right) > 1e-3
+
+
+TRAININGS = {
+    "plain": {},
+    "accumulated": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+    "mixture": {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.1], "ld_alpha": 0.5},
+    "checkpointed": {"gradient_checkpointing": True},
+    "precomputed": {"precompute_ref_log_probs": True},
+    "synchronised": {"sync_ref_model": True, "ref_model_sync_steps": 2},
+    "weighted": {"use_weighting": True},
+}
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_it_trains_as_trls_does(make, name: str) -> None:
+    """Weights after four steps, and every metric of every step."""
+    runs = []
+    for kinds in ((DPOTrainer, DPOConfig), (TRLTrainer, TRLConfig)):
+        trainer = make(*kinds, **TRAININGS[name])
+        trainer.train()
+        runs.append(trainer)
+    ours, theirs = runs
+    torch.testing.assert_close(weights(ours), weights(theirs), rtol=1e-6, atol=2e-6)
+    own, other = (set().union(*run.state.log_history) for run in runs)
+    timings = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos", "step_time"}
+    assert own - timings == other - timings
+    assert set(METRICS) - own == {"aux_loss"}
+    for metric in (*(own & set(METRICS)), "loss", "grad_norm", "num_tokens"):
+        assert history(ours, metric) == pytest.approx(history(theirs, metric), rel=2e-5, abs=2e-5), metric
+
+
+def test_metrics_are_means_over_the_logging_window(make) -> None:
+    """Of tokens, where they are per token: windows of several micro-batches of unequal length."""
+    trainer = make(logging_steps=2, gradient_accumulation_steps=2, per_device_train_batch_size=2)
+    seen = []
+    real = trainer._compute_loss
+
+    def recording(model: Any, inputs: dict[str, Tensor], return_outputs: bool) -> Any:
+        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1].double()
+        mask = inputs["completion_mask"][:, 1:].bool()
+        seen.append(torch.distributions.Categorical(logits=logits).entropy()[mask].detach())
+        return real(model, inputs, return_outputs)
+
+    trainer._compute_loss = recording
+    trainer.train()
+    assert len(seen) == 8
+    expected = [torch.cat(seen[i : i + 4]).mean().item() for i in (0, 4)]
+    assert history(trainer, "entropy") == pytest.approx(expected, rel=1e-5)
+
+
+def test_token_metrics_can_be_left_out(make) -> None:
+    plain, bare = make(max_steps=2), make(max_steps=2, token_metrics=False)
+    for trainer in (plain, bare):
+        trainer.train()
+    assert not {"entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy"} & set().union(*bare.state.log_history)
+    assert history(bare, "rewards/margins") == history(plain, "rewards/margins")
+    torch.testing.assert_close(weights(plain), weights(bare), rtol=0, atol=0)
+
+
+def test_it_learns_and_evaluates(make, pairs) -> None:
+    trainer = make(reference=False, max_steps=40, learning_rate=5e-3, eval_dataset=pairs, logging_steps=10)
+    before = trainer.evaluate()
+    assert before["eval_loss"] == pytest.approx(math.log(2))
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_rewards/accuracies"] == 1.0
+    assert after["eval_rewards/margins"] > 1.0 > before["eval_rewards/margins"]
+    assert after["eval_loss"] < 0.3
+
+
+def test_own_losses(make) -> None:
+    """cDPO and the paper's IPO, which TRL's constructor has never heard of, with an f-divergence too."""
+    smoothed = make(loss_type="sigmoid_smoothed", label_smoothing=0.2, f_divergence_type="js_divergence")
+    assert smoothed.args.loss_type == smoothed.loss_types == ["sigmoid_smoothed"]
+    smoothed.train()
+    assert len(history(smoothed, "loss")) == 4
+    summed, averaged = make(loss_type="ipo_sum"), make(loss_type="ipo")
+    batch = next(iter(summed.get_train_dataloader()))
+    assert loss_and_gradient(summed, batch)[0] != loss_and_gradient(averaged, batch)[0]
+
+
+def test_lora_trains_and_its_reference_is_the_base(make) -> None:
+    adapter = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), "reference": False}
+    ours, theirs = make(**adapter), make(TRLTrainer, TRLConfig, **adapter)
+    start = {name: x.clone() for name, x in ours.model.named_parameters()}
+    theirs.model.load_state_dict(ours.model.state_dict())
+    for trainer in (ours, theirs):
+        trainer.train()
+    assert history(ours, "loss")[0] == pytest.approx(math.log(2), abs=1e-7)
+    for (name, a), b in zip(ours.model.named_parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6)
+        assert torch.equal(a, start[name]) == ("lora" not in name)
+
+
+def test_soft_capped_tied_heads(make, tokenizer) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "head_dim": 16, "vocab_size": len(tokenizer), "final_logit_softcapping": 3.0}
+    torch.manual_seed(0)
+    gemma = Gemma2ForCausalLM(Gemma2Config(**sizes, pad_token_id=0, eos_token_id=1, bos_token_id=1))
+    state = {name: x.clone() for name, x in gemma.state_dict().items()}
+    runs = []
+    for kinds in ((DPOTrainer, DPOConfig), (TRLTrainer, TRLConfig)):
+        gemma.load_state_dict(state)
+        trainer = make(*kinds, model=gemma)
+        trainer.train()
+        runs.append((weights(trainer), history(trainer, "logits/chosen")))
+        gemma = Gemma2ForCausalLM(gemma.config)
+    torch.testing.assert_close(runs[0][0], runs[1][0], rtol=1e-5, atol=2e-6)
+    assert runs[0][1] == pytest.approx(runs[1][1], rel=1e-5)
+
+
+def test_two_ranks_train_as_one(tmp_path) -> None:
+    run_ranks("tests.trainers.dpo_worker", str(tmp_path))
+    ranks = [json.loads((tmp_path / f"rank{i}.json").read_text()) for i in range(2)]
+    _, one = trained(tmp_path, 8)
+    for rank in ranks:
+        assert rank["world"] == 2
+        assert rank["wrapped"]
+        assert rank["weights"] == pytest.approx(one["weights"], rel=1e-5, abs=1e-6)
+        assert rank["margins"] == pytest.approx(one["margins"], rel=1e-4, abs=1e-6)
+        assert rank["num_tokens"] == one["num_tokens"]
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"padding_free": True}, ValueError, "`padding_free`=True would be ignored"),
+        ({"workspace_bytes": -1}, ValueError, "`workspace_bytes` must be an int >= 0"),
+        ({"loss_type": "dpo"}, ValueError, "`loss_type` must be one of"),
+        ({"beta": 0.0}, ValueError, "`beta` must be positive"),
+        ({"config": TRLConfig}, TypeError, "`args` must be a DPOConfig of dppo_kernels, got DPOConfig"),
+    ],
+)
+def test_refused(make, changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make(**changes)
+
+
+def test_ignored_label_smoothing_warns(make, caplog) -> None:
+    make(label_smoothing=0.1)
+    assert "'sigmoid_smoothed' is the loss of cDPO" in caplog.text
+
+
+def test_a_dataset_is_needed(model, tokenizer) -> None:
+    with pytest.raises(ValueError, match="`train_dataset` is required"):
+        DPOTrainer(model, args=DPOConfig(use_cpu=True, bf16=False), processing_class=tokenizer)
