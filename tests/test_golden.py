@@ -35,9 +35,10 @@ from dppo_kernels import (
 from dppo_kernels._numerics import log1mexp
 from dppo_kernels.control import AdaptiveKLController, RunningMoments, ScoreProcessor
 from dppo_kernels.trainers import DecoupledPPOConfig, DistillPPOConfig, DistillPPOTrainer
-from dppo_kernels.trainers.rewards import MathAnswerReward
+from dppo_kernels.trainers.rewards import MathAnswerReward, hierarchical_reward
 from dppo_kernels.trainers.rewards.length import soft_overlong_penalty
 from dppo_kernels.trainers.sampling import PromptStream, RefillRule, collect, judge
+from dppo_kernels.trainers.tabular import discriminator_bce
 from dppo_kernels.trainers.value_optimizer import make_value_scheduler
 
 GOLDEN = {case["id"]: case for case in json.loads((Path(__file__).parent / "golden" / "golden.json").read_text())["cases"]}
@@ -47,8 +48,6 @@ PENDING = {
     "s2.dpo_losses": 9,
     "s2.completion_logp": 9,
     "s2.seed_loss_is_not_dpo": 9,
-    "s2.hierarchical_reward": 9,
-    "s2.discriminator_bce": 9,
 }
 
 TOLERANCE = {torch.float64: {"rtol": 0, "atol": 1e-12}, torch.float32: {"rtol": 0, "atol": 2e-6}}
@@ -499,6 +498,22 @@ def math_answers(x: dict, y: dict, dtype: torch.dtype) -> None:
         ("fallback", "reward_with_box_fallback(verl HEAD since #7407)"),
     ):
         close(torch.tensor(MathAnswerReward(boxed=boxed)(completions, answer=golds), dtype=dtype), y[expected], dtype)
+
+
+@golden("s2.hierarchical_reward")
+def reward_of_levels(x: dict, y: dict, dtype: torch.dtype) -> None:
+    levels = [torch.tensor(x[name], dtype=dtype) for name in ("token", "sentence", "row")]
+    features = {group: torch.tensor(score, dtype=dtype) for group, score in x["features"].items()}
+    close(hierarchical_reward(*levels, features), y["reward"], dtype)
+
+
+@golden("s2.discriminator_bce")
+def discriminator_loss(x: dict, y: dict, dtype: torch.dtype) -> None:
+    labels, logits = (torch.tensor(x[name], dtype=dtype) for name in ("labels", "logits"))
+    close(discriminator_bce(logits, labels), y["mean"], dtype)
+    for i, expected in enumerate(y["per_example"]):
+        close(discriminator_bce(logits, labels, torch.eye(len(labels), dtype=dtype)[i]), expected, dtype)
+    close(logits.sigmoid(), y["prob_real"], dtype)
 
 
 def fused_policy_loss(logprobs: Tensor, anchor: Tensor | None = None, *rest: Tensor, **options: Any) -> Any:

@@ -8,6 +8,8 @@ try:
 except ImportError as error:
     raise ImportError("dppo_kernels.trainers.tabular needs scikit-learn: pip install 'dppo-kernels[tabular]'") from error
 
+from dppo_kernels.trainers.tabular.discriminators import Discriminators, Scores
+from dppo_kernels.trainers.tabular.negatives import CORRUPTIONS, Negatives, corruptions_for
 from dppo_kernels.trainers.tabular.schema import Number, Schema
 from dppo_kernels.trainers.tabular.table import Split, Table, load_table, split_table
 from dppo_kernels.trainers.tabular.text import (
@@ -23,18 +25,26 @@ from dppo_kernels.trainers.tabular.text import (
     validity,
 )
 from dppo_kernels.trainers.tabular.tokens import TextEncoder, build_table_tokenizer, completion_budget, vocabulary
+from dppo_kernels.trainers.tabular.training import TrainingOptions, discriminator_bce
 
 __all__ = [
+    "CORRUPTIONS",
     "Clause",
+    "Discriminators",
     "Fault",
+    "Negatives",
     "Number",
     "Parsed",
     "Schema",
+    "Scores",
     "Split",
     "Table",
     "TextEncoder",
+    "TrainingOptions",
     "build_table_tokenizer",
     "completion_budget",
+    "corruptions_for",
+    "discriminator_bce",
     "draw_prompts",
     "load_table",
     "parse",

@@ -8,7 +8,9 @@ import pytest
 
 pytest.importorskip("sklearn", reason="the tabular extra is not installed")
 
-from dppo_kernels.trainers.tabular import Split, Table, load_table, split_table
+from sklearn.metrics import roc_auc_score
+
+from dppo_kernels.trainers.tabular import Discriminators, Schema, Split, Table, load_table, serialise, split_table
 from dppo_kernels.trainers.tabular.table import HELOC_GROUPS, HELOC_TARGET
 
 HELOC_ROWS = 160
@@ -43,3 +45,20 @@ def write_heloc(path: Path) -> Path:
 @pytest.fixture(scope="session")
 def heloc(tmp_path_factory: pytest.TempPathFactory) -> Table:
     return load_table(write_heloc(tmp_path_factory.mktemp("tables") / "heloc.csv"))
+
+
+@pytest.fixture(scope="session")
+def fitted(cancer: Table, cancer_split: Split) -> Discriminators:
+    """Discriminators at their default size; tests must not change them."""
+    discriminators = Discriminators(cancer.schema)
+    discriminators.fit(cancer_split.train, cancer_split.tuning, cancer_split.held_out, seed=0)
+    return discriminators
+
+
+def write(schema: Schema, frame: pd.DataFrame, seed: int = 0) -> list[str]:
+    rng = np.random.default_rng(seed)
+    return [serialise(schema, row, rng) for row in frame.to_dict("records")]
+
+
+def auc_of(real: np.ndarray, synthetic: np.ndarray) -> float:
+    return roc_auc_score([1] * len(real) + [0] * len(synthetic), [*real, *synthetic])
