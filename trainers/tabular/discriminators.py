@@ -114,21 +114,21 @@ class Discriminators:
             self._real[name] = frame[list(self.schema.columns)].reset_index(drop=True)
         self._rounds = []
         self._encoder = RowEncoder.fit(self.schema, self._real["train"])
-        with _seeded(seed):
-            self._nets = self._new_nets(self._encoder)
-        self._learn(generated, seed)
+        self._learn(self._encoder, generated, seed)
 
     def update(self, generated: Sequence[str], seed: int) -> None:
-        """Learn on, against what the generator writes now, with a replay of what it wrote in earlier rounds.
+        """Learn anew, against what the generator writes now too, with a replay of what it wrote in earlier rounds.
+
+        From new weights: confident networks are slow to see what they have taken for real so far.
 
         Raises:
             ValueError: no texts.
             RuntimeError: not fitted.
         """
-        self._fitted()
+        encoder = self._fitted()
         if not generated:
             raise ValueError("`generated` must hold texts of the generator, got none")
-        self._learn(generated, seed)
+        self._learn(encoder, generated, seed)
 
     def score(self, texts: Sequence[str], starts: Sequence[int] | None = None, *, per_token: bool = False) -> Scores:
         """Calibrated probabilities that `texts` are real.
@@ -248,7 +248,9 @@ class Discriminators:
     def _probabilities(self, level: str, inputs: dict[str, Tensor]) -> Tensor:
         return (predict(self._nets[level], inputs) / self._report[level]["temperature"]).sigmoid()
 
-    def _learn(self, generated: Sequence[str], seed: int) -> None:
+    def _learn(self, encoder: RowEncoder, generated: Sequence[str], seed: int) -> None:
+        with _seeded(seed):
+            self._nets = self._new_nets(encoder)
         rng = np.random.default_rng(seed)
         if generated:
             shuffled = [generated[i] for i in rng.permutation(len(generated))]

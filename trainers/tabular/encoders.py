@@ -65,7 +65,7 @@ class RowEncoder:
     @classmethod
     def fit(cls, schema: Schema, frame: pd.DataFrame) -> "RowEncoder":
         """From real rows; special codes count as missing."""
-        dimensions = _dimensions(schema, frame)
+        dimensions = joint_dimensions(schema, frame)
         scaler = StandardScaler().fit(dimensions)
         means, scales = np.nan_to_num(scaler.mean_), np.nan_to_num(scaler.scale_, nan=1.0)  # NaN: a column of codes alone
         standardised = np.nan_to_num((dimensions - means) / scales)
@@ -75,7 +75,7 @@ class RowEncoder:
     def encode_values(self, frame: pd.DataFrame) -> tuple[Tensor, Tensor]:
         """(values [N, C, F], present [N, C]) of rows, where NaN is missing."""
         numbers = frame[list(self.schema.features)].to_numpy(dtype=float)
-        dimensions = _dimensions(self.schema, frame)
+        dimensions = joint_dimensions(self.schema, frame)
         standardised = np.nan_to_num((dimensions - self.means) / self.scales).clip(-FARTHEST, FARTHEST)
         surprise = (standardised @ self.precision / np.sqrt(np.diag(self.precision))).clip(-FARTHEST, FARTHEST)
         present = ~frame[list(self.schema.columns)].isna().to_numpy()
@@ -129,7 +129,7 @@ def _classes(schema: Schema, frame: pd.DataFrame) -> np.ndarray:
     return frame[[schema.target]].to_numpy() == np.array(schema.categories, dtype=object)
 
 
-def _dimensions(schema: Schema, frame: pd.DataFrame) -> np.ndarray:
+def joint_dimensions(schema: Schema, frame: pd.DataFrame) -> np.ndarray:
     """Numbers and indicators of all classes but the first, NaN where there is none: [N, D]."""
     numbers = frame[list(schema.features)].astype(float)
     indicators = np.where(frame[[schema.target]].isna(), np.nan, _classes(schema, frame)[:, 1:])

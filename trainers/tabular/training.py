@@ -41,7 +41,7 @@ class TrainingOptions:
 
     epochs: int = 40
     token_epochs: int = 8  # the one network that is slow
-    patience: int = 8
+    patience: int = 15
     batch: int = 64
     learning_rate: float = 3e-3
     weight_decay: float = 1e-2
