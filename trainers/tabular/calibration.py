@@ -2,8 +2,6 @@
 
 import numpy as np
 from scipy.optimize import minimize_scalar
-from scipy.special import expit
-from sklearn.metrics import log_loss
 
 BINS = 10
 
@@ -12,7 +10,8 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray)
     """The T in [1/20, 20] for which sigmoid(logits / T) has the least weighted log loss on these labels."""
 
     def loss(log_temperature: float) -> float:
-        return log_loss(labels, expit(logits / np.exp(log_temperature)), sample_weight=weights, labels=[0, 1])
+        scaled = logits / np.exp(log_temperature)
+        return np.average(np.logaddexp(0, scaled) - labels * scaled, weights=weights)
 
     return float(np.exp(minimize_scalar(loss, bounds=(-np.log(20), np.log(20)), method="bounded").x))
 

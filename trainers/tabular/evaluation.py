@@ -164,7 +164,8 @@ def marginal_tv(schema: Schema, rows: pd.DataFrame, real: pd.DataFrame) -> float
             cells = [frame[column] for frame in (rows, real)]
         else:
             numbers = real[column][~real[column].isin(codes)]
-            edges = np.unique(np.quantile(numbers, np.linspace(0, 1, BINS + 1)[1:-1])) if len(numbers) else []
+            inner = np.linspace(0, 1, BINS + 1)[1:-1]
+            edges = np.unique(np.quantile(numbers, inner)) if len(numbers) else np.zeros(0)
             binned = [pd.Series(np.digitize(frame[column], edges), frame.index, dtype=float) for frame in (rows, real)]
             # Codes are negative here, and bins are not.
             cells = [

@@ -18,8 +18,8 @@ class TokenNet(nn.Module):
 
     def forward(self, ids: Tensor, lengths: Tensor, token_columns: Tensor, values: Tensor) -> Tensor:  # -> [N, T]
         nothing = values.new_zeros(len(values), 1, values.shape[2])  # for tokens in no clause
-        clause = self.value(torch.cat([values, nothing], 1))
-        inputs = self.token(ids) + self.column(token_columns) + _gather(clause, token_columns)
+        clauses = self.value(torch.cat([values, nothing], 1)) + self.column.weight
+        inputs = self.token(ids) + _gather(clauses, token_columns)
         # Each text is turned round within its length, so that padding comes last in both directions and changes nothing.
         # Packed sequences would do the same, five times slower on a CPU.
         places = torch.arange(ids.shape[1]).expand_as(ids)

@@ -187,7 +187,7 @@ def test_rounds_learn_the_new_generator_and_remember_the_old(
     rows, test = cancer_split.train, cancer_split.evaluation
     first, second = ([around_the_mean(cancer, frame, factor, 3) for frame in (rows, test)] for factor in (0.3, 2.0))
     small = replace(cancer.schema, groups={"size": cancer.groups["size"]})  # as the row level is what is looked at
-    discriminators = Discriminators(small, options=TrainingOptions(epochs=25, token_epochs=1))
+    discriminators = Discriminators(small, options=TrainingOptions(epochs=20, token_epochs=1))
 
     def aucs(scored: Discriminators) -> list[float]:
         real, *synthetic = (scored.score(texts).row for texts in (write(cancer.schema, test), first[1], second[1]))
