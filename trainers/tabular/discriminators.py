@@ -105,13 +105,15 @@ class Discriminators:
 
         Raises:
             ValueError: fewer than two rows in a part, or columns missing.
+            TypeError: texts that are no strings.
         """
-        self._real = {}
-        for name, frame in zip(PARTS, (train, tuning, held_out), strict=True):
+        _check_texts(generated)
+        parts = dict(zip(PARTS, (train, tuning, held_out), strict=True))
+        for name, frame in parts.items():
             missing = [column for column in self.schema.columns if column not in frame]
             if missing or len(frame) < 2:
                 raise ValueError(f"`{name}` must have two rows or more of all columns, got {len(frame)} without {missing}")
-            self._real[name] = frame[list(self.schema.columns)].reset_index(drop=True)
+        self._real = {name: frame[list(self.schema.columns)].reset_index(drop=True) for name, frame in parts.items()}
         self._rounds = []
         self._encoder = RowEncoder.fit(self.schema, self._real["train"])
         self._learn(self._encoder, generated, seed)
@@ -123,10 +125,12 @@ class Discriminators:
 
         Raises:
             ValueError: no texts.
+            TypeError: texts that are no strings.
             RuntimeError: not fitted.
         """
         encoder = self._fitted()
-        if not generated:
+        _check_texts(generated)
+        if not len(generated):
             raise ValueError("`generated` must hold texts of the generator, got none")
         self._learn(encoder, generated, seed)
 
@@ -197,7 +201,7 @@ class Discriminators:
             "rounds": self._rounds,
             "report": self._report,
         }
-        (folder / "discriminators.json").write_text(json.dumps(state, indent=1))
+        (folder / "discriminators.json").write_text(json.dumps(state))
         torch.save({level: net.state_dict() for level, net in self._nets.items()}, folder / "weights.pt")
 
     @classmethod
@@ -252,14 +256,14 @@ class Discriminators:
         with _seeded(seed):
             self._nets = self._new_nets(encoder)
         rng = np.random.default_rng(seed)
-        if generated:
+        if len(generated):
             shuffled = [generated[i] for i in rng.permutation(len(generated))]
             first, second = np.cumsum([round(share * len(shuffled)) for share in GENERATED_SHARES])
             parts = (shuffled[:first], shuffled[first:second], shuffled[second:])
             self._rounds.append(dict(zip(PARTS, parts, strict=True)))
-        judged = {part: self._draw(part, rng, REPEATS) for part in ("tuning", "held_out")}
+        judged = {part: self._draw(encoder, part, rng, REPEATS) for part in ("tuning", "held_out")}
         # All levels learn from the same texts, which take longer to write and read than most of them to train.
-        fresh = [self._draw("train", rng, 1) for _ in range(min(FRESH_EPOCHS, self.options.epochs))]
+        fresh = [self._draw(encoder, "train", rng, 1) for _ in range(min(FRESH_EPOCHS, self.options.epochs))]
 
         def at(level: str, epoch: int) -> Examples:
             return self._examples(level, *fresh[(epoch - 1) % len(fresh)])
@@ -270,7 +274,7 @@ class Discriminators:
             best = train(net, partial(at, level), tuning, seed, epochs, self.options)
             self._report[level] = {**calibrate(net, tuning, held_out), "epochs": best}
 
-    def _draw(self, part: str, rng: np.random.Generator, repeats: int) -> tuple[Encoded, Batch]:
+    def _draw(self, encoder: RowEncoder, part: str, rng: np.random.Generator, repeats: int) -> tuple[Encoded, Batch]:
         pool = Pool(
             real=self._real[part],
             current=self._rounds[-1][part] if self._rounds else (),
@@ -279,8 +283,7 @@ class Discriminators:
         count = min(len(pool.real), self.rows_per_epoch)
         batches = [draw_batch(self.schema, pool, count, rng, target_first=self.target_first) for _ in range(repeats)]
         batch = Batch.join(batches)
-        assert self._encoder is not None
-        return self._encoder.encode(batch.texts), batch
+        return encoder.encode(batch.texts), batch
 
     def _examples(self, level: str, encoded: Encoded, batch: Batch) -> Examples:
         if level not in LEVELS:
@@ -291,6 +294,12 @@ class Discriminators:
 
 def _level_of(group: str) -> str:
     return f"features/{group}"
+
+
+def _check_texts(generated: Sequence[str]) -> None:
+    for text in generated:
+        if not isinstance(text, str):
+            raise TypeError(f"`generated` must hold strings, got {type(text).__name__}")
 
 
 def _mean(values: Tensor, counted: Tensor) -> Tensor:

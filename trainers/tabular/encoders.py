@@ -11,7 +11,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from dppo_kernels.trainers.tabular.schema import Schema
-from dppo_kernels.trainers.tabular.text import parse
+from dppo_kernels.trainers.tabular.text import Parsed, parse
 from dppo_kernels.trainers.tabular.tokens import PAD, TextEncoder
 
 FARTHEST = 8.0  # standard deviations: a policy in training writes any number
@@ -39,7 +39,7 @@ class Encoded:
 
     @property
     def is_token(self) -> Tensor:
-        """bool [N, T]; a text without tokens has one that is padding."""
+        """bool [N, T]; `lengths` says 1 of a text without tokens, which has none here."""
         return torch.arange(self.ids.shape[1]) < torch.tensor([len(spans) for spans in self.spans])[:, None]
 
 
@@ -110,7 +110,6 @@ class RowEncoder:
                 in_value[row, value:last] = True
         frame = pd.DataFrame([one.values for one in parsed], columns=list(self.schema.columns))
         values, present = self.encode_values(frame)
-        whole = ("missing_column",)  # faults that are no piece of the text
         return Encoded(
             ids=torch.from_numpy(ids),
             lengths=torch.tensor([max(1, len(row_ids)) for row_ids, _ in tokens], dtype=torch.long),
@@ -119,9 +118,13 @@ class RowEncoder:
             values=values,
             present=present,
             valid=torch.tensor([one.valid for one in parsed], dtype=torch.bool),
-            unreadable=torch.tensor([sum(f.kind not in whole for f in one.faults) for one in parsed], dtype=torch.long),
+            unreadable=torch.tensor([_count_unreadable(one) for one in parsed], dtype=torch.long),
             spans=[spans for _, spans in tokens],
         )
+
+
+def _count_unreadable(parsed: Parsed) -> int:
+    return sum(fault.kind != "missing_column" for fault in parsed.faults)  # which is no piece of the text
 
 
 def _classes(schema: Schema, frame: pd.DataFrame) -> np.ndarray:

@@ -214,6 +214,17 @@ def test_special_codes_and_one_column_groups(heloc: Table) -> None:
     assert all(((values > 0) & (values < 1)).all() for values in (scores.token, scores.sentence, scores.row))
 
 
+def test_texts_of_a_generator_that_writes_no_rows(cancer: Table, cancer_split: Split) -> None:
+    junk = ["", "no row", "mean area is 3, mean area is 4", "diagnosis is benign, mean area is -1\n"] * 6
+    discriminators = Discriminators(cancer.schema, target_first=False, options=QUICK, rows_per_epoch=32)
+    discriminators.fit(cancer_split.train, cancer_split.tuning, cancer_split.held_out, generated=junk, seed=0)
+    assert all(np.isfinite(value) for values in discriminators.report().values() for value in values.values())
+    scores = discriminators.score(junk)
+    assert not scores.row.any()
+    assert not scores.valid.any()
+    assert np.isfinite(scores.token).all()
+
+
 def test_bad_input(cancer: Table, cancer_split: Split, fitted: Discriminators, tmp_path: Path) -> None:
     fresh = Discriminators(cancer.schema)
     for call in (lambda: fresh.score(["a"]), lambda: fresh.update(["a"], 0), fresh.report, lambda: fresh.save(tmp_path)):
@@ -226,6 +237,8 @@ def test_bad_input(cancer: Table, cancer_split: Split, fitted: Discriminators, t
         fresh.fit(train, tuning, held_out.iloc[:1], seed=0)
     with pytest.raises(ValueError, match="`generated` must hold texts of the generator, got none"):
         fitted.update([], seed=0)
+    with pytest.raises(TypeError, match="`generated` must hold strings, got dict"):
+        fitted.update([{"content": "a"}], seed=0)  # type: ignore[list-item]
     with pytest.raises(ValueError, match="`rows_per_epoch` must be at least 1, got 0"):
         Discriminators(cancer.schema, rows_per_epoch=0)
     with pytest.raises(ValueError, match="`patience` must be at least 1, got 0"):
