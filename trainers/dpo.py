@@ -173,7 +173,8 @@ class DPOTrainer(AtomicCheckpointMixin, StatLoggingMixin, TRLDPOTrainer):
             seen = self.accelerator.reduce(torch.stack(self._new_tokens).sum(), reduction="sum").item()
             self._total_train_tokens += seen // self._tp_size
             self._new_tokens = []
-        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        if self._stats[mode]:
+            self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         super().log(logs, start_time)
 
 
