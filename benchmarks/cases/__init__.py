@@ -15,7 +15,9 @@ GAE = ("gae", "gae_full")
 LINEAR_DISTILL_LOSSES = tuple(f"linear_distill_loss_{variant}" for variant in ("forward_kl", "reverse_kl", "jsd", "frozen"))
 DISTILL_LOSSES = tuple(f"distill_loss_{kind}" for kind in ("forward_kl", "reverse_kl", "jsd"))
 DISTILLATION = (*LINEAR_DISTILL_LOSSES, *DISTILL_LOSSES)
-NAMES = ("linear_logprobs", "topk_gather", "token_logprobs", *TOPK, *POLICY_LOSSES, *GAE, "value_loss", *DISTILLATION)
+PREFERENCE_LOSSES = tuple(f"linear_preference_loss{variant}" for variant in ("", "_frozen"))
+LOSSES = (*POLICY_LOSSES, *GAE, "value_loss", *DISTILLATION, *PREFERENCE_LOSSES)
+NAMES = ("linear_logprobs", "topk_gather", "token_logprobs", *TOPK, *LOSSES)
 # Modules that hold more than one case.
 _VARIANTS = (
     dict.fromkeys(POLICY_LOSSES, "linear_policy_loss")
@@ -23,6 +25,7 @@ _VARIANTS = (
     | dict.fromkeys(GAE, "gae")
     | dict.fromkeys(LINEAR_DISTILL_LOSSES, "linear_distill_loss")
     | dict.fromkeys(DISTILL_LOSSES, "distill_loss")
+    | dict.fromkeys(PREFERENCE_LOSSES, "linear_preference_loss")
 )
 OURS = "dppo_kernels"
 FULL_LOGITS_LIMIT = {"cuda": 60 << 30, "cpu": 8 << 30}  # bytes; providers that need more are left out, by name
