@@ -126,7 +126,7 @@ class Variant:
             torch.randint(0, shape.v, lead, generator=g, device=device),
             mask.contiguous(),
             reference.to(dtype),
-            weight.to(dtype, copy=True),
+            weight.detach().to(dtype, copy=True),
             torch.ones((), device=device),
         )
 
