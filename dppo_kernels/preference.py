@@ -61,12 +61,13 @@ def preference_loss(
         "ref_rejected_logprobs": ref_rejected_logprobs,
     }
     named |= {k: x for k, x in (("sft_logprobs", sft_logprobs), ("pair_weights", pair_weights)) if x is not None}
-    for name, value in named.items():
-        _checks.check_floating(name, value)
+    for name, tensor in named.items():
+        _checks.check_floating(name, tensor)
     if chosen_logprobs.dim() != 1:
         raise ValueError(f"`chosen_logprobs` must be [P], one sum per pair, got {list(chosen_logprobs.shape)}")
     lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
-    for name, value in (named | lengths).items():
+    given: dict[str, Tensor | None] = {**named, **lengths}
+    for name, value in given.items():
         if value is not None:
             _checks.check_tensor(name, value)
             _checks.check_shape(name, value, chosen_logprobs.shape, "[P] of `chosen_logprobs`")
@@ -135,7 +136,7 @@ def number(name: str, value: float | Tensor | None, like: Tensor) -> Tensor | No
 @torch.no_grad()
 def pair_stats(pairs: Pairs, spec: PreferenceSpec) -> dict[str, Stat]:
     """What is monitored of pairs."""
-    rewards = [spec.beta * (policy - ref) for policy, ref in zip(pairs[:2], pairs[2:4], strict=True)]  # type: ignore[operator]
+    rewards = [spec.beta * (policy - ref) for policy, ref in zip(pairs[:2], pairs[2:4], strict=True)]
     values = {
         "logprobs_chosen": pairs.chosen,
         "logprobs_rejected": pairs.rejected,

@@ -57,7 +57,7 @@ def test_importing_the_core_pulls_in_nothing_heavy() -> None:
 
 
 def test_a_plain_checkout_finds_its_trainers() -> None:
-    algorithms = ("DAPO", "DPPO", "DecoupledPPO", "DistillPPO", "PPO")
+    algorithms = ("DAPO", "DPO", "DPPO", "DecoupledPPO", "DistillPPO", "PPO")
     names = [*(f"{name}{kind}" for name in algorithms for kind in ("Config", "Trainer"))]
     names += ["PairsConfig", "accelerate_trl", "make_pairs"]
     assert python("import dppo_kernels.trainers as t; print(t.__all__)") == str(names)

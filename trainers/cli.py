@@ -15,7 +15,7 @@ import torch
 from dppo_kernels import __version__, _backend
 
 PACKAGES = ("torch", "triton", "transformers", "trl", "accelerate", "datasets", "peft", "math-verify")
-TRAINERS = ("dapo", "decoupled-ppo", "distill-ppo", "dppo", "ppo")
+TRAINERS = ("dapo", "decoupled-ppo", "distill-ppo", "dpo", "dppo", "ppo")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -119,9 +119,15 @@ def _demo(arguments: list[str]) -> int:
 
 def _train(algorithm: str, arguments: list[str]) -> int:
     from dppo_kernels.trainers import _trl_seam  # noqa: F401  (first: it says which package is missing or of the wrong version)
-    from dppo_kernels.trainers.train import train
 
-    train(algorithm, arguments)
+    if algorithm == "dpo":  # trains on pairs, the others on prompts and rewards
+        from dppo_kernels.trainers.train_dpo import train_dpo
+
+        train_dpo(arguments)
+    else:
+        from dppo_kernels.trainers.train import train
+
+        train(algorithm, arguments)
     return 0
 
 

@@ -72,12 +72,18 @@ class DPOConfig(TRLDPOConfig):
 
     def preference_spec(self) -> PreferenceSpec:
         """The loss these settings describe."""
-        names = (
-            *("loss_type", "loss_weights", "beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef"),
-            *("ld_alpha", "discopop_tau", "use_weighting"),
+        weights = self.loss_weights
+        return PreferenceSpec(
+            tuple(self.loss_type),
+            loss_weights=None if weights is None else tuple(weights),
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+            f_divergence_type=self.f_divergence_type,
+            f_alpha_divergence_coef=self.f_alpha_divergence_coef,
+            ld_alpha=self.ld_alpha,
+            discopop_tau=self.discopop_tau,
+            use_weighting=self.use_weighting,
         )
-        given = {name: getattr(self, name) for name in names}
-        return PreferenceSpec(**{name: tuple(x) if isinstance(x, list) else x for name, x in given.items()})
 
 
 class DPOTrainer(AtomicCheckpointMixin, StatLoggingMixin, TRLDPOTrainer):
@@ -90,6 +96,8 @@ class DPOTrainer(AtomicCheckpointMixin, StatLoggingMixin, TRLDPOTrainer):
     Raises:
         TypeError, ValueError: a model or setting that cannot be trained correctly, with the reason.
     """
+
+    data_collator: Any
 
     def __init__(self, model: Any, ref_model: Any = None, args: Any = None, *rest: Any, **kwargs: Any) -> None:
         if args is None:

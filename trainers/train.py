@@ -1,7 +1,7 @@
 """``dppo train``: a trainer of this package on prompts with checkable answers, from flags and a YAML file."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,18 +111,7 @@ def parse(algorithm: str, arguments: Sequence[str]) -> tuple[TrainArguments, Any
     parser = ArgumentParser(
         (arguments_class, config_class, ModelConfig), prog=f"dppo train {algorithm}", description=description
     )
-    arguments = [part for argument in arguments for part in split_config(argument)]
-    if "--config" in arguments[:-1]:
-        place = arguments.index("--config") + 1
-        given = arguments[place]
-        if not os.path.exists(given):
-            if given not in names:
-                parser.error(f"--config {given}: no such file, and none of the shipped ones: {', '.join(names)}")
-            arguments[place] = str(names[given])
-    try:
-        data, config, model = parser.parse_args_and_config(arguments)
-    except (TypeError, ValueError) as reason:
-        parser.error(str(reason))
+    data, config, model = parse_with_config(parser, arguments, names)
     if model.model_name_or_path is None:
         parser.error("--model_name_or_path is needed: a folder, a hub id or 'offline'")
     if isinstance(data, DistillTrainArguments) and data.teacher_model_path is None:
@@ -137,6 +126,23 @@ def parse(algorithm: str, arguments: Sequence[str]) -> tuple[TrainArguments, Any
     return data, config, model
 
 
+def parse_with_config(parser: ArgumentParser, arguments: Sequence[str], names: Mapping[str, Path]) -> tuple[Any, ...]:
+    """The parser's dataclasses from flags and ``--config``, which names a YAML file or one of the shipped `names`."""
+    arguments = [part for argument in arguments for part in split_config(argument)]
+    if "--config" in arguments[:-1]:
+        place = arguments.index("--config") + 1
+        given = arguments[place]
+        if not os.path.exists(given):
+            if given not in names:
+                parser.error(f"--config {given}: no such file, and none of the shipped ones: {', '.join(names)}")
+            arguments[place] = str(names[given])
+    try:
+        parsed: tuple[Any, ...] = parser.parse_args_and_config(arguments)
+    except (TypeError, ValueError) as reason:
+        parser.error(str(reason))
+    return parsed
+
+
 def train(algorithm: str, arguments: Sequence[str]) -> Any:
     """Train as told; the model goes to `output_dir`. Returns the trainer."""
     data_args, config, model_args = parse(algorithm, arguments)
@@ -146,21 +152,16 @@ def train(algorithm: str, arguments: Sequence[str]) -> Any:
     held_out = None
     if data_args.eval_size:
         prompts, held_out = split_problems(prompts, data_args.eval_size, seed=config.seed)
-    resume = _resume(config.resume_from_checkpoint)
+    resume = resume_from(config.resume_from_checkpoint)
     model, models = model_args.model_name_or_path, data_args.models() if isinstance(data_args, PPOTrainArguments) else {}
     if model == OFFLINE_MODEL:
-        model = _offline_model("start", config, resume, prompts, data_args.offline_warmup_steps)
+        model = offline_model("start", config, resume, prompts, data_args.offline_warmup_steps)
     if isinstance(data_args, DistillTrainArguments) and data_args.teacher_model_path == OFFLINE_MODEL:
-        models["teacher"] = _offline_model("teacher", config, resume, prompts, data_args.offline_teacher_steps, expert=True)
+        models["teacher"] = offline_model("teacher", config, resume, prompts, data_args.offline_teacher_steps, expert=True)
     if data_args.as_chat:
         prompts = prompts.map(as_chat)
         held_out = held_out and held_out.map(as_chat)
-    init = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-    }
-    config.model_init_kwargs = {**init, **(config.model_init_kwargs or {})}
+    config.model_init_kwargs = {**init_arguments(model_args), **(config.model_init_kwargs or {})}
     _, trainer_class = ALGORITHMS[algorithm]
     trainer = trainer_class(
         model,
@@ -183,11 +184,16 @@ def train(algorithm: str, arguments: Sequence[str]) -> Any:
     return trainer
 
 
-def _resume(value: str | None) -> str | bool | None:
+def init_arguments(model: ModelConfig) -> dict[str, Any]:
+    """What `from_pretrained` is told of the model."""
+    return {"revision": model.model_revision, "attn_implementation": model.attn_implementation, "dtype": model.dtype}
+
+
+def resume_from(value: str | None) -> str | bool | None:
     return {"true": True, "false": None}.get(value.lower(), value) if isinstance(value, str) else value
 
 
-def _offline_model(name: str, config: Any, resume: Any, prompts: Any, steps: int, expert: bool = False) -> str:
+def offline_model(name: str, config: Any, resume: Any, prompts: Any, steps: int, expert: bool = False) -> str:
     """Where the first process makes it, unless a run that is resumed did."""
     folder = Path(config.output_dir) / name
     with config.main_process_first(desc="making the offline model"):

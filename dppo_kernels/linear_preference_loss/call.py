@@ -37,8 +37,8 @@ class Model(NamedTuple):
     @classmethod
     def of(cls, layout: Layout, mask: Tensor, hidden: Tensor, weight: Tensor | LoraWeight, bias: Tensor | None) -> "Model":
         compute_dtype, rows = compute_dtype_of(hidden), layout.rows(hidden)
-        base, *low_rank = split_head(weight, rows, mask, compute_dtype)
-        inputs = (rows, base, None if bias is None else bias.contiguous(), *low_rank)
+        base, low_hidden, low_weight = split_head(weight, rows, mask, compute_dtype)
+        inputs = (rows, base, None if bias is None else bias.contiguous(), low_hidden, low_weight)
         return cls(rows, weight, bias, compute_dtype, inputs)
 
 

@@ -14,7 +14,7 @@ from dppo_kernels._numerics import stat_dtype
 from dppo_kernels._tiling import DEFAULT_WORKSPACE_BYTES, ROW_BLOCKS, TARGET_ROWS, chunks, kind_of
 from dppo_kernels.linear_logprobs.exponentials import Scores
 from dppo_kernels.linear_logprobs.group_design import Design, choose_design
-from dppo_kernels.linear_logprobs.groups import GroupTask
+from dppo_kernels.linear_logprobs.groups import Coefficients, GroupTask
 from dppo_kernels.linear_logprobs.op import pair, run_groups
 from dppo_kernels.linear_logprobs.projection import Needs, Projection
 from dppo_kernels.linear_preference_loss.call import Call, Head, Model
@@ -388,33 +388,27 @@ def _compute(
     n = mask.shape[0]
     unit = n if spec.couples_pairs else unit
     task = Task(sequences, mask, row_weights, n_pairs, spec, ref_logprobs, denominator, token_denominator)
-    shared = {"ids": ids, "scored": mask, "sequence_length": max(unit, 1), "reads_counts": True}
 
     def design(dtype: torch.dtype) -> Design:
         arguments = (weight.shape[0], dtype, hidden.device, softcap, wanted, workspace_bytes, backend)
         return _design(spec, n, unit, *arguments)
 
+    def group(x: Projection, coefficients: Coefficients, design: Design, needs: Needs, outputs: frozenset[str]) -> GroupTask:
+        whole_pairs: dict[str, Any] = {"sequence_length": max(unit, 1), "reads_counts": True}
+        return GroupTask(x, ids, mask, coefficients, design, needs, outputs=outputs, **whole_pairs)
+
     with torch.autocast(hidden.device.type, enabled=False):
         if ref_hidden is not None and ref_weight is not None:
             low_rank = pair(ref_low_hidden, ref_low_weight)
             reference = Projection(ref_hidden, ref_weight, ref_bias, *transforms, ref_compute_dtype, low_rank)
-            scoring = GroupTask(
-                reference, **shared, coefficients=_no_gradient, design=design(ref_compute_dtype), needs=_NOTHING
-            )
+            scoring = group(reference, _no_gradient, design(ref_compute_dtype), Needs(False, False, False), frozenset())
             logprobs = run_groups(scoring, backend).logprobs
             task = replace(task, ref_logprobs=task.sequence_logprobs(slice(0, n), logprobs))
         asked = wanted | ({"log_sum_sq_probs"} if spec.use_weighting else set())
         chosen = design(compute_dtype)
         from_head = {"mean_logits"} & asked if chosen.name != "recompute" else set()
-        group = GroupTask(
-            policy,
-            **shared,
-            coefficients=task.coefficients,
-            design=chosen,
-            needs=Needs(*needs),
-            outputs=frozenset(asked - from_head),
-        )
-        result = run_groups(group, backend)
+        wanted_rows = group(policy, task.coefficients, chosen, Needs(*needs), frozenset(asked - from_head))
+        result = run_groups(wanted_rows, backend)
         if from_head:
             result.rows["mean_logits"] = _mean_logits(policy, mask)
     empty = result.logprobs.new_empty(0)
@@ -444,9 +438,6 @@ def _mean_logits(x: Projection, mask: Tensor) -> Tensor:
     if x.bias is not None:
         total += x.bias.to(x.dtype).mean()
     return torch.where(mask, total * x.row_slopes(mask.shape[0]), 0.0)
-
-
-_NOTHING = Needs(False, False, False)
 
 
 def _no_gradient(span: slice, places: Tensor | None, scores: Scores) -> Tensor:

@@ -109,7 +109,7 @@ def load_prompts(
         raise ValueError(f"`limit` must be an int >= 1, got {limit}")
     if answer_column is not None and not with_answers:
         raise ValueError(f"`answer_column` {answer_column!r} would not be read: `with_answers` is False")
-    rows = _load(source, config, split)
+    rows = load_rows(source, config, split)
     distinct = _distinct(rows, source, answer_column) if with_answers else _distinct_prompts(rows, source)
     kept = list(islice(distinct.items(), limit))
     is_chat = isinstance(kept[0][0], tuple)
@@ -123,7 +123,14 @@ def load_prompts(
     return Dataset.from_dict(columns, features=Features(features))
 
 
-def _load(source: str, config: str | None, split: str) -> Dataset:
+def is_generated(source: str) -> bool:
+    """Whether a source names a generated set, and nothing that exists on disk."""
+    path = Path(source).expanduser()
+    return not (path.exists() or glob(str(path), recursive=True)) and _GENERATED.fullmatch(source) is not None
+
+
+def load_rows(source: str, config: str | None, split: str) -> Dataset:
+    """A source of `load_prompts` as it is."""
     if not source:
         raise ValueError(f"`source` must be {_ACCEPTED}; got ''")
     path = Path(source).expanduser()
