@@ -40,7 +40,7 @@ def preference_loss(
         sft_logprobs: [P] what "sft" is the mean over tokens of, if `chosen_logprobs` are weighted (LD-DPO). Default: those.
         pair_weights: [P] detached; multiplies the pairs' losses (WPO's weights).
         denominator: replaces the number of pairs, so that micro-batches and ranks that divide by the same number add up to the
-            loss of the whole batch.
+            loss of the whole batch. (Not where pairs are sorted, nor in "sft" with `pair_weights`, whose mean it takes.)
         token_denominator: replaces the number of chosen tokens in "sft".
 
     Returns:
@@ -105,7 +105,7 @@ class Normaliser(NamedTuple):
         weights = torch.ones_like(like) if pair_weights is None else pair_weights.detach().double()
         count = number("denominator", denominator, like)
         if count is None:
-            count = like.new_tensor(max(like.shape[0], 1))
+            count = like.new_full((), max(like.shape[0], 1))  # filled on the device: no copy that waits
         on_tokens = like.new_zeros(())
         if "sft" in spec.loss_type:
             tokens = number("token_denominator", token_denominator, like)
@@ -130,7 +130,7 @@ def number(name: str, value: float | Tensor | None, like: Tensor) -> Tensor | No
             raise ValueError(f"`{name}` must be one number, got shape {list(value.shape)}")
         return value.detach().to(like.device, like.dtype).reshape(())
     _checks.check_positive(name, value)
-    return like.new_tensor(value)
+    return like.new_full((), value)
 
 
 @torch.no_grad()
@@ -200,5 +200,5 @@ def sequence_lengths(sequences: Tensor, mask: Tensor, n_pairs: int) -> Tensor:
 
 
 def sum_by_sequence(sequences: Tensor, values: Tensor, n_pairs: int) -> Tensor:
-    """Sums [2P] of `values` [N]; accumulating `index_put` has one order of summation on every device."""
+    """Sums [2P] of `values` [N], integers or float64; accumulating `index_put` has one order of summation on CUDA."""
     return values.new_zeros(2 * n_pairs).index_put_((sequences,), values, accumulate=True)

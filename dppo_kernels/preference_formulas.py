@@ -26,7 +26,8 @@ from torch.nn.functional import logsigmoid
 
 from dppo_kernels.preference_spec import PreferenceSpec
 
-# exp of what is above it is not representable in 32 bits; TRL clamps there.
+# exp of what is above it is not representable in 32 bits: scores are constant there, or one far pair would be a NaN. TRL clamps
+# the alpha-divergence's.
 LARGEST_EXPONENT = 80.0
 
 
@@ -57,7 +58,7 @@ def score(h: Tensor, spec: PreferenceSpec) -> Tensor:
     """The derivative of the f-divergence at ``exp(h)``: what DPO rewards are made of."""
     kind, alpha = spec.f_divergence_type, spec.f_alpha_divergence_coef
     if kind == "forward_kl":
-        return 1 - torch.exp(-h)
+        return -torch.expm1((-h).clamp(max=LARGEST_EXPONENT))
     if kind == "js_divergence":
         return math.log(2) + logsigmoid(h)
     if kind == "alpha_divergence" and abs(alpha - 1) >= 1e-6:
@@ -68,14 +69,15 @@ def score(h: Tensor, spec: PreferenceSpec) -> Tensor:
 def score_slope(h: Tensor, spec: PreferenceSpec) -> Tensor:
     """``f'(h)`` of `score`."""
     kind, alpha = spec.f_divergence_type, spec.f_alpha_divergence_coef
-    if kind == "forward_kl":
-        return torch.exp(-h)
     if kind == "js_divergence":
         return torch.sigmoid(-h)
-    if kind == "alpha_divergence" and abs(alpha - 1) >= 1e-6:
+    if kind == "forward_kl":
+        exponent = -h
+    elif kind == "alpha_divergence" and abs(alpha - 1) >= 1e-6:
         exponent = (alpha - 1) * h
-        return torch.where(exponent <= LARGEST_EXPONENT, exponent.clamp(max=LARGEST_EXPONENT).exp(), 0.0)
-    return torch.ones_like(h)
+    else:
+        return torch.ones_like(h)
+    return torch.where(exponent <= LARGEST_EXPONENT, exponent.clamp(max=LARGEST_EXPONENT).exp(), 0.0)
 
 
 def pair_losses(pairs: Pairs, spec: PreferenceSpec) -> Tensor:

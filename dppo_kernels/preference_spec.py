@@ -116,8 +116,8 @@ class PreferenceSpec:
 
     @property
     def couples_pairs(self) -> bool:
-        """Whether the gradient of a pair depends on the other pairs."""
-        return self.use_weighting or bool(set(self.loss_type) & set(SORTING_LOSSES))
+        """Whether the slope of a pair's loss depends on the other pairs."""
+        return bool(set(self.loss_type) & set(SORTING_LOSSES))
 
     @property
     def needs_lengths(self) -> bool:

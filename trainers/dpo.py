@@ -106,26 +106,26 @@ class DPOTrainer(AtomicCheckpointMixin, StatLoggingMixin, TRLDPOTrainer):
             raise TypeError(f"`args` must be a DPOConfig of dppo_kernels, got {type(args).__name__}")
         self.spec, self.stat_metrics = args.preference_spec(), METRICS
         self._new_tokens: list[Tensor] = []
-        self._scores = False  # whether the models' forwards know `preference`
+        self._scoring_installed = False
         with _known_to_trl(args):
             super().__init__(model, ref_model, args, *rest, **kwargs)
+        _trl_seam.check_dpo_attributes(self)
         self.loss_types = args.loss_type
-        self._check_setup()
         self._install_scoring()
         if args.precompute_ref_log_probs:
             self.data_collator = _PreciseCollator(self.data_collator)
 
     def _install_scoring(self) -> None:
-        if self._scores:
+        if self._scoring_installed:
             return
-        self._scores = True
+        self._check_setup()
+        self._scoring_installed = True
         for scored in (self.model, self.ref_model):
             if scored is not None:
                 scored = self.accelerator.unwrap_model(scored)
                 install_preference_scoring(scored.get_base_model() if is_peft_model(scored) else scored)
 
     def _check_setup(self) -> None:
-        _trl_seam.check_dpo_attributes(self)
         if self._is_vlm:
             raise ValueError("vision-language models are not supported yet: pass a text model and tokenizer")
         if self.is_fsdp_enabled or self.accelerator.distributed_type == "DEEPSPEED":
@@ -139,8 +139,8 @@ class DPOTrainer(AtomicCheckpointMixin, StatLoggingMixin, TRLDPOTrainer):
         own = {name: value for name, value in inputs.items() if name not in known}
         if self.aux_loss_enabled and "spec" in options:
             own["output_router_logits"] = True
-        scoring = {"completion_mask": inputs["completion_mask"], "workspace_bytes": self.args.workspace_bytes, **options}
-        return model(**own, preference=scoring)
+        common = {"workspace_bytes": self.args.workspace_bytes, "outputs": TOKEN_OUTPUTS if self.args.token_metrics else ()}
+        return model(**own, preference={"completion_mask": inputs["completion_mask"], **common, **options})
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Log-probs of chosen and rejected sequences under the reference, float64 [P] each."""
@@ -151,7 +151,7 @@ class DPOTrainer(AtomicCheckpointMixin, StatLoggingMixin, TRLDPOTrainer):
             adapter = use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None)
         checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
         with torch.no_grad(), checkpointing, adapter, self.accelerator.autocast():
-            found = self._score(model, inputs, ld_alpha=self.spec.ld_alpha).sequence_logprobs
+            found = self._score(model, inputs, reference_of=self.spec).sequence_logprobs
         return found.chunk(2)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
@@ -159,8 +159,7 @@ class DPOTrainer(AtomicCheckpointMixin, StatLoggingMixin, TRLDPOTrainer):
             reference = (inputs["ref_chosen_logps"], inputs["ref_rejected_logps"])
         else:
             reference = self.compute_ref_log_probs(self.model if self.ref_model is None else self.ref_model, inputs)
-        outputs = TOKEN_OUTPUTS if self.args.token_metrics else ()
-        found = self._score(model, inputs, spec=self.spec, ref_logprobs=torch.cat(reference), outputs=outputs)
+        found = self._score(model, inputs, spec=self.spec, ref_logprobs=torch.cat(reference))
         loss, stats = found.loss, dict(found.stats)
         if found.aux_loss is not None:
             aux_loss = found.aux_loss.detach()

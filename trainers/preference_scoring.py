@@ -32,7 +32,7 @@ def install_preference_scoring(model: PreTrainedModel) -> None:
 
     With ``preference={"completion_mask": [2P, L], ...}`` it runs the backbone over `input_ids` [2P, L], P chosen and then the P
     rejected sequences, and returns `linear_preference_loss` of the tokens where the mask is not 0, whose further arguments are
-    those of the dictionary (`spec` among them); without `spec`, `linear_sequence_logprobs`.
+    those of the dictionary (`spec` among them); with `reference_of` in place of `spec`, `linear_sequence_logprobs` for it.
     """
     previous_forward = model.forward
     softcap, logit_scale = logit_transform(model.config)
@@ -43,16 +43,18 @@ def install_preference_scoring(model: PreTrainedModel) -> None:
         if preference is None:
             return previous_forward(*args, **kwargs)
         options = dict(preference)
-        mask = options.pop("completion_mask")[:, 1:].bool()
-        head, ids = self.get_output_embeddings(), kwargs["input_ids"][:, 1:]
+        head = self.get_output_embeddings()
+        device = head.weight.device  # of a model that is split over several, the last
+        mask, ids = options.pop("completion_mask")[:, 1:].bool().to(device), kwargs["input_ids"][:, 1:].to(device)
         backbone = self.base_model(*args, **kwargs, use_cache=False)
-        hidden = backbone.last_hidden_state[:, :-1].to(head.weight.device)
+        rows = (backbone.last_hidden_state[:, :-1].to(device), head.weight, ids, mask)
         transform = {"bias": head.bias, "logit_scale": logit_scale, "softcap": softcap}
-        if "spec" not in options:
-            found = linear_sequence_logprobs(hidden, head.weight, ids, mask, **transform, **options)
+        if "reference_of" in options:
+            found = linear_sequence_logprobs(*rows, spec=options.pop("reference_of"), **transform, **options)
             return PreferenceOutput(sequence_logprobs=found.logprobs)
+        options["ref_logprobs"] = options["ref_logprobs"].to(device)
         output = PreferenceOutput()
-        output.loss, output.stats = linear_preference_loss(hidden, head.weight, ids, mask, **transform, **options)
+        output.loss, output.stats = linear_preference_loss(*rows, **transform, **options)
         if kwargs.get("output_router_logits"):
             output.aux_loss = load_balancing_loss(self.config, backbone.router_logits, kwargs.get("attention_mask"))
         return output

@@ -102,6 +102,8 @@ def train_dpo(arguments: Sequence[str]) -> DPOTrainer:
         model, pairs, measure = _pairs_of_prompts(data, config, model, resume)
     if config.eval_strategy != "no" and held_out is None:
         raise ValueError(f"`eval_strategy`={config.eval_strategy.value!r} needs a dataset of pairs and an `eval_size`")
+    if config.eval_strategy == "no" and held_out is not None:
+        raise ValueError(f"`eval_size`={data.eval_size} takes pairs out of training: it needs an `eval_strategy`")
     trainer = DPOTrainer(
         model,
         data.ref_model_path and create_model_from_path(data.ref_model_path, **config.model_init_kwargs),
@@ -128,6 +130,10 @@ def _pairs_of_prompts(
     """(path of the model, pairs, mean reward of a trainer's policy on prompts that were held out)."""
     if data.pair_max_completion_length is None:
         raise ValueError(f"`dataset_name` {data.dataset_name!r} holds prompts: making pairs needs `pair_max_completion_length`")
+    if config.world_size > 1:  # the others would wait for the one that generates, longer than they may
+        raise ValueError(
+            f"`dataset_name` {data.dataset_name!r} holds prompts: on several processes, make pairs first (`dppo pairs`)"
+        )
     rewards = data.rewards()
     with config.main_process_first(desc="loading prompts"):
         prompts = data.prompts(with_answers=True)

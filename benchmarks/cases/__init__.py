@@ -15,7 +15,7 @@ GAE = ("gae", "gae_full")
 LINEAR_DISTILL_LOSSES = tuple(f"linear_distill_loss_{variant}" for variant in ("forward_kl", "reverse_kl", "jsd", "frozen"))
 DISTILL_LOSSES = tuple(f"distill_loss_{kind}" for kind in ("forward_kl", "reverse_kl", "jsd"))
 DISTILLATION = (*LINEAR_DISTILL_LOSSES, *DISTILL_LOSSES)
-PREFERENCE_LOSSES = tuple(f"linear_preference_loss{variant}" for variant in ("", "_frozen"))
+PREFERENCE_LOSSES = tuple(f"linear_preference_loss{variant}" for variant in ("", "_metrics", "_frozen"))
 LOSSES = (*POLICY_LOSSES, *GAE, "value_loss", *DISTILLATION, *PREFERENCE_LOSSES)
 NAMES = ("linear_logprobs", "topk_gather", "token_logprobs", *TOPK, *LOSSES)
 # Modules that hold more than one case.

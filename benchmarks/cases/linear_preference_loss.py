@@ -1,8 +1,8 @@
 """DPO's loss from hidden states of policy and reference, forward and backward: ours, TRL, Liger, full logits, compiled.
 
 Four pairs whose first half is prompt. The reference is next to the policy, as after the first steps, so that no pair is
-saturated. TRL scores every row on CPU, prompts too, and always computes what it logs: entropies, mean logits, accuracy; there
-is a row of ours that reports the same, and one of TRL without.
+saturated. One variant computes what TRL's trainer logs as well (entropies, mean logits, accuracy), as that always does: ours
+and TRL's are asked for the same in every variant. On CPU TRL scores every row, prompts too.
 """
 
 import functools
@@ -19,7 +19,7 @@ from benchmarks.shapes import Shape
 
 PAIRS = 4
 BETA = 0.1
-WITH_METRICS, BARE_TRL = "dppo_kernels with metrics", "trl log-probs only"
+METRICS = ("entropy", "mean_logits", "is_top1")
 
 
 class Inputs(NamedTuple):
@@ -32,7 +32,7 @@ class Inputs(NamedTuple):
     upstream: Tensor  # scalar
 
 
-def ours(x: Inputs, outputs: tuple[str, ...] = ()) -> Tensor:
+def ours(x: Inputs, outputs: tuple[str, ...]) -> Tensor:
     from dppo_kernels import PreferenceSpec, linear_preference_loss
 
     reference = {"ref_hidden": x.ref_hidden, "ref_weight": x.ref_weight}
@@ -40,19 +40,23 @@ def ours(x: Inputs, outputs: tuple[str, ...] = ()) -> Tensor:
     return linear_preference_loss(x.hidden, x.weight, x.ids, x.mask, spec=spec, **reference, outputs=outputs)[0]
 
 
-def trl(x: Inputs, outputs: tuple[str, ...] = ("log_probs", "entropy", "mean_logits", "is_top1")) -> Tensor:
-    """What DPOTrainer's forwards and loss do on a CPU."""
+def trl(x: Inputs, outputs: tuple[str, ...]) -> Tensor:
+    """What DPOTrainer's forwards and loss do."""
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
     def logprobs(hidden: Tensor, weight: Tensor, outputs: tuple[str, ...]) -> Tensor:
+        options = (1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("log_probs", *outputs))
+        if hidden.is_cuda:
+            scored = ChunkedLogProbFunction.apply(hidden[x.mask], weight, None, x.ids[x.mask], *options)[0]
+            return scored.new_zeros(x.ids.shape).masked_scatter(x.mask, scored)
         rows = hidden.reshape(-1, hidden.shape[-1])
-        arguments = (rows, weight, None, x.ids.flatten(), 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, outputs)
-        return ChunkedLogProbFunction.apply(*arguments)[0].view_as(x.ids).masked_fill(~x.mask, 0)
+        scored = ChunkedLogProbFunction.apply(rows, weight, None, x.ids.flatten(), *options)[0]
+        return scored.view_as(x.ids).masked_fill(~x.mask, 0)
 
     policy = logprobs(x.hidden, x.weight, outputs)
     with torch.no_grad():
-        reference = logprobs(x.ref_hidden, x.ref_weight, ("log_probs",))
+        reference = logprobs(x.ref_hidden, x.ref_weight, ())
     return dpo(policy, reference)
 
 
@@ -92,23 +96,22 @@ def compiled(x: Inputs) -> Tensor:
 
 @dataclass(frozen=True)
 class Variant:
-    """A case: the same providers with a head that is trained or frozen."""
+    """A case: the same loss with a head that is trained or frozen, and with what is logged or without."""
 
     trains_head: bool = True
+    metrics: bool = False
 
     MODES: ClassVar = ("forward+backward",)
     MAX_ERROR: ClassVar = {torch.float32: 1e-4, torch.bfloat16: 1e-3}
     MAX_GRADIENT_ERROR: ClassVar = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
-    PROVIDERS: ClassVar[dict[str, Callable[[Inputs], Tensor]]] = {
-        OURS: ours,
-        WITH_METRICS: functools.partial(ours, outputs=("entropy", "mean_logits", "is_top1")),
-        "trl": trl,
-        BARE_TRL: functools.partial(trl, outputs=("log_probs",)),
-        "liger": liger,
-        "liger tf32": with_tf32(liger),
-        "naive": naive,
-        "torch.compile": compiled,
-    }
+
+    @functools.cached_property
+    def PROVIDERS(self) -> dict[str, Callable[[Inputs], Tensor]]:
+        outputs = METRICS if self.metrics else ()
+        asked = {name: functools.partial(provider, outputs=outputs) for name, provider in ((OURS, ours), ("trl", trl))}
+        if self.metrics:  # the others do not log
+            return asked
+        return {**asked, "liger": liger, "liger tf32": with_tf32(liger), "naive": naive, "torch.compile": compiled}
 
     def inputs(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
         g = torch.Generator(device).manual_seed(0)
@@ -146,10 +149,10 @@ class Variant:
     def work(self, shape: Shape, dtype: torch.dtype, mode: str, provider: str) -> tuple[float, str]:
         """2 NHV a product: a projection of each model, the policy's again where nothing is kept, and a gradient each.
 
-        Prompts enter no GEMM of ours, on CUDA none of TRL's.
+        Prompts enter no GEMM of ours, nor of TRL's on CUDA.
         """
-        counted = 0.5 if provider in (OURS, WITH_METRICS) else 1.0
-        projected_again = provider not in (OURS, WITH_METRICS, *KEEPS_LOGITS) and not provider.startswith("liger")
+        counted = 0.5 if provider == OURS or (provider == "trl" and torch.cuda.is_available()) else 1.0
+        projected_again = provider == "trl"
         gradients = 1 + (self.trains_head or provider.startswith("liger"))
         return 2 * counted * (2 + projected_again + gradients) * shape.n * shape.h * shape.v, "flop"
 
@@ -157,4 +160,4 @@ class Variant:
         return 5 * 4 * shape.n * shape.v if provider in KEEPS_LOGITS else 0
 
 
-VARIANTS = dict(zip(PREFERENCE_LOSSES, (Variant(), Variant(trains_head=False)), strict=True))
+VARIANTS = dict(zip(PREFERENCE_LOSSES, (Variant(), Variant(metrics=True), Variant(trains_head=False)), strict=True))

@@ -172,10 +172,9 @@ def _fold(
         x.logits(h, w, rows, cols, out[:, cols])
         if gathered is not None and gather_ids is not None:
             gathered += pick_columns(out[:, cols], gather_ids, cols.start)
-        # Temporaries of a soft-cap or an entropy are as wide as what they are made of: in cache-sized pieces.
-        step = cols.stop - cols.start
-        if dot is not None or (fold_slope and x.softcap is not None):
-            step = max(1, TILE_ELEMENTS // max(n, 1))
+        # Temporaries of a soft-cap or an entropy are as wide as what they are made of: in cache-sized pieces. Without them too:
+        # sums in another order would be others, and what else is asked for must not change a log-prob.
+        step = max(1, TILE_ELEMENTS // max(n, 1))
         for piece in chunks(cols.stop - cols.start, step):
             first = cols.start + piece.start
             tile = out[:, first : cols.start + piece.stop]

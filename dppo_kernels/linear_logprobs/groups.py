@@ -38,8 +38,13 @@ class GroupTask:
     gather_ids: Tensor | None = None  # [N, K]
     sequence_length: int | None = None  # rows whose coefficients become known together; None: each by itself
     entropy_weight: Tensor | None = None  # dL/dH of every scored row, if there is an entropy bonus
-    reads_counts: bool = False  # on a device, by sequence: one read of how many rows of each are scored fills the groups
+    counts: Sequence[int] | None = None  # scored rows of each sequence, if the host knows: groups hold as many as fit
     outputs: frozenset[str] = frozenset()  # besides log-probs, of `OUTPUTS`; designs in chunks have those of `CHUNK_OUTPUTS`
+
+    def check_chunked(self) -> None:
+        """Raises ValueError where a design in chunks is given outputs that it does not have."""
+        if not self.outputs <= set(CHUNK_OUTPUTS):
+            raise ValueError(f"design {self.design.name!r} has no {', '.join(sorted(self.outputs - set(CHUNK_OUTPUTS)))}")
 
     @property
     def with_entropy(self) -> bool:

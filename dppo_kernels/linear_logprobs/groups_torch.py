@@ -26,6 +26,7 @@ class Group(NamedTuple):
 
 def run_groups(task: GroupTask) -> GroupResult:
     """Statistics and gradients of the rows that have to be scored."""
+    task.check_chunked()
     result = GroupResult.empty(task)
     scored = task.scored.nonzero().squeeze(1)
     x, design = task.projection, task.design
@@ -65,6 +66,8 @@ def _run_group(task: GroupTask, group: Group, slots: list[Tensor], result: Group
     whole = Scores(*(None if x[0] is None else torch.cat(x) for x in zip(*scores, strict=True)))  # type: ignore[arg-type]
     dlogprobs = task.coefficients(group.span, group.rows - group.span.start, whole)
     result.add(group.rows, whole)
+    if not any(task.needs):
+        return
     # Last chunk first: its slot is where the others are scored again.
     for i in sorted(range(len(parts)), key=lambda i: (i not in kept, -i)):
         _add_gradient(task, group.rows[parts[i]], kept.get(i), slots[-1], whole, dlogprobs, parts[i], result)
@@ -96,7 +99,7 @@ def _add_gradient(
 ) -> None:
     dlogprobs, entropy = dlogprobs[part], None if scores.entropy is None else scores.entropy[part]
     keep = torch.ones_like(dlogprobs, dtype=torch.bool) if task.entropy_weight is not None else dlogprobs != 0
-    if not bool(keep.any()) or not any(task.needs):
+    if not bool(keep.any()):
         return
     if e is None:
         order = keep.nonzero().squeeze(1)

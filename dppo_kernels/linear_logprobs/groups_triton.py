@@ -45,6 +45,7 @@ class Operands(NamedTuple):
 
 def run_groups(task: GroupTask, plan: GradPlan | None = None, descriptors: bool | None = None) -> GroupResult:
     """Statistics and gradients; `plan` and `descriptors` override what the device and the strides would choose."""
+    task.check_chunked()
     result = GroupResult.empty(task)
     if task.ids.shape[0]:
         with launch_on(task.projection.hidden.device):
@@ -52,9 +53,8 @@ def run_groups(task: GroupTask, plan: GradPlan | None = None, descriptors: bool 
             length = task.sequence_length
             assert length is not None, "rows by themselves have a row kernel"
             capacity = launcher.chunk_rows * task.design.slots
-            if task.reads_counts:
-                counts = task.scored.view(-1, length).sum(1).tolist()
-                for first, last, n in runs(counts, capacity):
+            if task.counts is not None:
+                for first, last, n in runs(task.counts, capacity):
                     launcher.run_sequences(slice(first * length, last * length), n)
             else:
                 for span in chunks(task.ids.shape[0], max(1, capacity // length) * length):

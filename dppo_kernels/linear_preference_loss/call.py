@@ -12,7 +12,7 @@ from dppo_kernels._numerics import compute_dtype_of, split_temperature, stat_dty
 from dppo_kernels.linear_logprobs.op import check_head, check_linear_arguments
 from dppo_kernels.linear_preference_loss.rows import Layout
 from dppo_kernels.linear_preference_loss.task import Task
-from dppo_kernels.preference import token_weights
+from dppo_kernels.preference import sequence_lengths, token_weights
 from dppo_kernels.preference_spec import PreferenceSpec
 
 
@@ -128,4 +128,5 @@ class Call:
         sequences, n_pairs = self.layout.sequences, self.layout.n_pairs
         row_weights = token_weights(sequences, self.mask, n_pairs, spec.ld_alpha, self.dtype)
         ref_logprobs = None if ref_logprobs is None else ref_logprobs.detach().double()
-        return Task(sequences, self.mask, row_weights, n_pairs, spec, ref_logprobs, denominator, token_denominator)
+        lengths = sequence_lengths(sequences, self.mask, n_pairs)
+        return Task(sequences, self.mask, row_weights, lengths, n_pairs, spec, ref_logprobs, denominator, token_denominator)

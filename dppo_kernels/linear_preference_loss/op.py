@@ -44,7 +44,7 @@ class PreferenceAux(NamedTuple):
     lengths: Tensor  # int64 [2P] tokens
     token_logprobs: Tensor  # shape of the ids, like those that follow; 0 behind the mask
     entropy: Tensor | None  # nats
-    is_top1: Tensor | None  # bool: no logit is above the token's
+    is_top1: Tensor | None  # bool: no logit is above the token's. Of several that are equal, recomputing designs take the first
     mean_logits: Tensor | None  # mean over the vocabulary
 
 
@@ -84,7 +84,8 @@ def linear_preference_loss(
     Args:
         hidden: [2P, T, H] hidden states of P chosen, then the P rejected sequences, already shifted: row t predicts
             ``ids[:, t]``. Or [N, H] rows of packed sequences in any order, with `sequence_ids`: sequences that share a prompt
-            then hold its last row, which predicts the first token of both, twice.
+            then hold its last row, which predicts the first token of both, twice. Packed rows are one group, whatever pairs
+            they are of: what does not fit the workspace is projected again.
         weight: [V, H] lm_head, of hidden's dtype (under autocast: any), or a `LoraWeight`.
         ids: [2P, T] or [N] int32/int64 token ids; whatever stands behind the mask changes nothing.
         loss_mask: bool, shape of `ids`: True where the id is a token of the completion, its end token included.
@@ -124,10 +125,7 @@ def linear_preference_loss(
     spec = PreferenceSpec() if spec is None else spec
     head = Head(bias, temperature, logit_scale, softcap)
     call = Call.of(hidden, weight, ids, loss_mask, head, sequence_ids, n_pairs, backend)
-    if isinstance(outputs, str):
-        raise ValueError(f"`outputs` must be a sequence of names, got {outputs!r}")
-    for output in outputs:
-        _checks.check_choice("outputs", output, TOKEN_OUTPUTS)
+    _check_outputs(outputs)
     _checks.check_workspace_bytes(workspace_bytes)
     ref = call.reference(ref_logprobs, ref_hidden, ref_weight, ref_bias)
     like = call.mask.new_empty(0, dtype=torch.float64)
@@ -142,7 +140,7 @@ def linear_preference_loss(
     if not return_aux:
         return loss, stats
     shaped = {name: call.layout.shaped(values) for name, values in rows.items()}
-    per_sequence = (sums, task.reference(), task.lengths())
+    per_sequence = (sums, task.reference(), task.lengths)
     return loss, stats, PreferenceAux(*per_sequence, shaped["logprobs"], *(shaped.get(name) for name in TOKEN_OUTPUTS))
 
 
@@ -153,7 +151,8 @@ def linear_sequence_logprobs(
     ids: Tensor,  # [2P, T] or [N]
     loss_mask: Tensor,  # [2P, T] or [N]
     *,
-    ld_alpha: float | None = None,
+    spec: PreferenceSpec | None = None,
+    outputs: Sequence[str] = (),
     sequence_ids: Tensor | None = None,  # [N]
     n_pairs: int | None = None,
     bias: Tensor | None = None,  # [V]
@@ -167,10 +166,12 @@ def linear_sequence_logprobs(
     """Log-probs of the sequences of pairs, without a gradient: what `linear_preference_loss` takes as `ref_logprobs`. 2 NHV.
 
     The same rows are scored by the same operations as there, so that equal weights give equal bits and the first loss of a
-    policy that is its own reference is exactly log 2.
+    policy that is its own reference is exactly log 2: for that, `spec`, `outputs`, `workspace_bytes` and `backend` must be
+    those of the loss, whose design they decide.
 
     Args:
-        ld_alpha: as in `PreferenceSpec`; all others as in `linear_preference_loss`.
+        spec: the loss that they are for; its `ld_alpha` weighs tokens.
+        outputs: what that loss is asked for. All others as in `linear_preference_loss`.
 
     Raises:
         TypeError, ValueError: as there.
@@ -178,13 +179,16 @@ def linear_sequence_logprobs(
     head = Head(bias, temperature, logit_scale, softcap)
     call = Call.of(hidden, weight, ids, loss_mask, head, sequence_ids, n_pairs, backend)
     _checks.check_workspace_bytes(workspace_bytes)
-    task = call.task(PreferenceSpec(ld_alpha=ld_alpha), hidden.new_zeros(2 * call.layout.n_pairs, dtype=call.dtype))
+    task = call.task(PreferenceSpec() if spec is None else spec, hidden.new_zeros(2 * call.layout.n_pairs, dtype=call.dtype))
+    _check_outputs(outputs)
+    # Nothing of it is returned, but where it needs the logits themselves, it decides the design.
+    deciding = frozenset(outputs) & {"mean_logits"} if softcap is not None else frozenset()
     if call.backend == "reference":
-        _, _, rows = _reference(call, task, None, frozenset())
+        _, _, rows = _reference(call, task, None, deciding)
     else:
-        _, _, rows = _fused(call, task, None, frozenset(), workspace_bytes, check_values)
+        _, _, rows = _fused(call, task, None, deciding, workspace_bytes, check_values)
     sums = task.sequence_logprobs(slice(0, call.mask.shape[0]), rows["logprobs"])
-    return SequenceLogprobs(sums, task.lengths(), call.layout.shaped(rows["logprobs"]))
+    return SequenceLogprobs(sums, task.lengths, call.layout.shaped(rows["logprobs"]))
 
 
 def explain_linear_preference_loss(
@@ -223,6 +227,13 @@ def explain_linear_preference_loss(
     unit = n if spec.couples_pairs else 2 * sequence_length
     wanted = frozenset(outputs)
     return f"{name}: {_design(spec, n, unit, vocab, dtype, device, softcap, wanted, workspace_bytes, name).explain()}"
+
+
+def _check_outputs(outputs: Sequence[str]) -> None:
+    if isinstance(outputs, str):
+        raise ValueError(f"`outputs` must be a sequence of names, got {outputs!r}")
+    for output in outputs:
+        _checks.check_choice("outputs", output, TOKEN_OUTPUTS)
 
 
 def _token_stats(rows: dict[str, Tensor], task: Task) -> dict[str, Stat]:
@@ -267,6 +278,7 @@ def _fused(
         call.mask,
         task.sequences,
         task.row_weights,
+        task.lengths,
         task.ref_logprobs,
         task.denominator,
         task.token_denominator,
@@ -358,6 +370,7 @@ def _compute(
     mask: Tensor,
     sequences: Tensor,
     row_weights: Tensor,
+    lengths: Tensor,
     ref_logprobs: Tensor | None,
     denominator: Tensor | None,
     token_denominator: Tensor | None,
@@ -387,15 +400,19 @@ def _compute(
     policy = Projection(hidden, weight, bias, *transforms, compute_dtype, pair(low_hidden, low_weight))
     n = mask.shape[0]
     unit = n if spec.couples_pairs else unit
-    task = Task(sequences, mask, row_weights, n_pairs, spec, ref_logprobs, denominator, token_denominator)
+    task = Task(sequences, mask, row_weights, lengths, n_pairs, spec, ref_logprobs, denominator, token_denominator)
+
+    # The one read that waits for a device.
+    counts = mask.view(-1, unit).sum(1).tolist() if backend == "triton" and n else None
 
     def design(dtype: torch.dtype) -> Design:
         arguments = (weight.shape[0], dtype, hidden.device, softcap, wanted, workspace_bytes, backend)
         return _design(spec, n, unit, *arguments)
 
     def group(x: Projection, coefficients: Coefficients, design: Design, needs: Needs, outputs: frozenset[str]) -> GroupTask:
-        whole_pairs: dict[str, Any] = {"sequence_length": max(unit, 1), "reads_counts": True}
-        return GroupTask(x, ids, mask, coefficients, design, needs, outputs=outputs, **whole_pairs)
+        return GroupTask(
+            x, ids, mask, coefficients, design, needs, outputs=outputs, sequence_length=max(unit, 1), counts=counts
+        )
 
     with torch.autocast(hidden.device.type, enabled=False):
         if ref_hidden is not None and ref_weight is not None:
@@ -431,7 +448,7 @@ def _mean_logits(x: Projection, mask: Tensor) -> Tensor:
 
     total = x.hidden.new_zeros(mask.shape, dtype=x.dtype)
     row, low_row = mean_row(x.weight), None if x.low_rank is None else mean_row(x.low_rank[1])
-    for part in chunks(mask.shape[0], TARGET_ROWS["cpu"]):
+    for part in chunks(mask.shape[0], TARGET_ROWS[kind_of(mask.device)]):
         total[part] = x.hidden_rows(part) @ row
         if low_row is not None:
             total[part] += x.low_hidden_rows(part) @ low_row
@@ -460,7 +477,7 @@ def _(
     low_weight: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    mask, compute_dtype, n_pairs, outputs, needs = rest[6], rest[16], rest[20], rest[22], rest[24]
+    mask, compute_dtype, n_pairs, outputs, needs = rest[6], rest[17], rest[21], rest[23], rest[25]
     dtype, wanted = stat_dtype(compute_dtype), outputs.split(",")
     rows = hidden.new_empty(mask.shape, dtype=dtype)
     inputs = (hidden, weight, bias, low_hidden, low_weight)
@@ -480,7 +497,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    return (*hand_over(ctx, dloss, "linear_preference_loss"), *(None,) * 27)
+    return (*hand_over(ctx, dloss, "linear_preference_loss"), *(None,) * 28)
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)

@@ -37,6 +37,8 @@ class Layout:
         _checks.check_shape("sequence_ids", sequence_ids, ids.shape, "that of `ids`")
         _checks.check_device("sequence_ids", sequence_ids, "ids", ids)
         _checks.check_count("n_pairs", n_pairs)
+        if sequence_ids.device.type == "cpu" and not torch.compiler.is_compiling():  # there, the op checks
+            _checks.check_values(sequence_ids, None, None, 2 * n_pairs, None, ids_name="sequence_ids")
         return cls(n_pairs, None, sequence_ids.long())
 
     @property

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dppo_kernels.linear_logprobs.exponentials import Scores
-from dppo_kernels.preference import Normaliser, sequence_lengths, sum_by_sequence
+from dppo_kernels.preference import Normaliser, sum_by_sequence
 from dppo_kernels.preference_formulas import Pairs, pair_slopes
 from dppo_kernels.preference_spec import PreferenceSpec
 
@@ -18,6 +18,7 @@ class Task:
     sequences: Tensor  # int64 [N] in [0, 2P); i + P is the rejected one of pair i
     mask: Tensor  # bool [N]
     row_weights: Tensor  # [N] what rows count for in the log-prob of their sequence
+    lengths: Tensor  # int64 [2P] tokens of every sequence
     n_pairs: int
     spec: PreferenceSpec
     ref_logprobs: Tensor | None  # float64 [2P]; None until the reference is scored
@@ -28,10 +29,6 @@ class Task:
         assert self.ref_logprobs is not None
         return self.ref_logprobs
 
-    def lengths(self) -> Tensor:
-        """Tokens of every sequence, int64 [2P]."""
-        return sequence_lengths(self.sequences, self.mask, self.n_pairs)
-
     def sums(self, rows: Tensor | slice, values: Tensor) -> Tensor:
         """Sums [2P], in float64, of rows' values; whatever they hold behind the mask changes nothing."""
         return sum_by_sequence(self.sequences[rows], torch.where(self.mask[rows], values, 0.0).double(), self.n_pairs)
@@ -41,13 +38,13 @@ class Task:
         return self.sums(rows, logprobs * self.row_weights[rows])
 
     def pairs(self, sequence_logprobs: Tensor) -> Pairs:
-        lengths = self.lengths().clamp(min=1).double()
+        lengths = self.lengths.clamp(min=1).double()
         halves = (x.view(2, self.n_pairs) for x in (sequence_logprobs, self.reference(), lengths))
         return Pairs(*(half for both in halves for half in both))
 
     def normaliser(self, pairs: Pairs, pair_weights: Tensor | None) -> Normaliser:
         return Normaliser.of(
-            pairs, self.lengths()[: self.n_pairs], pair_weights, self.spec, self.denominator, self.token_denominator
+            pairs, self.lengths[: self.n_pairs], pair_weights, self.spec, self.denominator, self.token_denominator
         )
 
     def pair_weights(self, pairs: Pairs, rows: Tensor | slice, scores: Scores) -> Tensor | None:

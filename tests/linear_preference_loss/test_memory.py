@@ -12,7 +12,7 @@ import torch
 from benchmarks.cases import load
 from benchmarks.shapes import Shape
 
-case = load("linear_preference_loss")
+case = load("linear_preference_loss_metrics")
 loss = {"ours": "dppo_kernels", "trl": "trl"}[sys.argv[1]]
 case.PROVIDERS[loss](case.inputs(Shape(16, 512, 100), torch.float32, torch.device("cpu"))).backward()
 x = case.inputs(Shape(2048, 512, 32000), torch.float32, torch.device("cpu"))

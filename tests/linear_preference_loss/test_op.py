@@ -155,6 +155,24 @@ def test_a_prompt_boundary_off_by_one_is_another_loss() -> None:
     assert abs(loss(starts, ids.roll(1, 1)) - right) > 1e-2  # labels that are not shifted
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("weighting", [False, True])
+@pytest.mark.parametrize("outputs", [(), ("entropy",), ("entropy", "is_top1", "mean_logits")])
+def test_what_else_is_asked_for_changes_no_bit_of_the_first_loss(
+    outputs: tuple[str, ...], weighting: bool, softcap: float | None
+) -> None:
+    """At a vocabulary of several pieces, whose sums depend on their order."""
+    shape = {"pairs": 4, "t": 32, "vocab": 20_011, "hidden_size": 64}
+    case = PreferenceCase(reference="same", masked="prompt", poison=False, **shape)
+    leaves = case.leaves()
+    rows = (leaves["hidden"], leaves["weight"], case.ids(), case.mask())
+    options = {"spec": PreferenceSpec(use_weighting=weighting), "outputs": outputs, "softcap": softcap}
+    before = linear_sequence_logprobs(*rows, **options).logprobs
+    for reference in ({"ref_logprobs": before}, {"ref_hidden": leaves["hidden"], "ref_weight": leaves["weight"]}):
+        _, stats = linear_preference_loss(*rows, **reference, **options)
+        assert stats["margins"].max == stats["margins"].sum == stats["rewards_chosen"].sum == 0
+
+
 @pytest.mark.parametrize("spec", [SPECS[0], SPECS[-1], PreferenceSpec("aot", label_smoothing=0.1)])
 def test_nan_behind_the_mask_changes_nothing(spec: PreferenceSpec) -> None:
     case = PreferenceCase(spec, pairs=4, t=9, bias=True, lora=True, temperature="per_row", masked="prompt")
@@ -246,7 +264,7 @@ def test_sequence_logprobs_are_those_of_the_tokens() -> None:
     head_of = {"bias": leaves["bias"], "temperature": case.per_token_temperature()}
     rows = (leaves["hidden"].requires_grad_(), leaves["weight"], case.ids(), case.mask())
     for alpha in (None, 0.3):
-        found = linear_sequence_logprobs(*rows, ld_alpha=alpha, **head_of)
+        found = linear_sequence_logprobs(*rows, spec=PreferenceSpec(ld_alpha=alpha), **head_of)
         tokens = linear_logprobs(*rows[:2], rows[2].masked_fill(~rows[3], -100), **head_of).logprobs.detach()
         torch.testing.assert_close(found.token_logprobs, tokens)
         torch.testing.assert_close(found.logprobs, sequence_logprobs(tokens.double(), rows[3], ld_alpha=alpha))
@@ -348,9 +366,17 @@ def test_compiled_equals_eager() -> None:
 
 
 @pytest.mark.parametrize("outputs", [(), ("entropy", "is_top1", "mean_logits")])
-@pytest.mark.parametrize("reference", ["model", "given"])
-def test_opcheck(reference: str, outputs: tuple[str, ...]) -> None:
-    case = PreferenceCase(pairs=2, t=3, vocab=11, lora=True, bias=True, temperature="per_row", reference=reference)
+@pytest.mark.parametrize(
+    ("changes", "workspace"),
+    [
+        ({"reference": "model"}, None),
+        ({"reference": "given", "packed": True}, None),
+        ({"reference": "given", "softcap": 5.0}, 0),
+        ({"spec": PreferenceSpec(use_weighting=True)}, None),
+    ],
+)
+def test_opcheck(changes: dict[str, Any], workspace: int | None, outputs: tuple[str, ...]) -> None:
+    case = PreferenceCase(**{"pairs": 2, "t": 3, "vocab": 11, "lora": True, "bias": True, "temperature": "per_row", **changes})
     seen = {}
     real = torch.ops.dppo_kernels.linear_preference_loss
 
@@ -361,7 +387,7 @@ def test_opcheck(reference: str, outputs: tuple[str, ...]) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.ops.dppo_kernels, "linear_preference_loss", record)
-        run(case, torch.float32, "torch", outputs=outputs)
+        run(case, torch.float32, "torch", outputs=outputs, workspace_bytes=workspace)
     utils = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(op._op, tuple(seen["args"]), test_utils=utils)
 

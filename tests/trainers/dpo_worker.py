@@ -1,5 +1,6 @@
 """Two ranks of DPO under DDP, and the same steps on one process: ``torchrun -m tests.trainers.dpo_worker FOLDER``."""
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -34,9 +35,9 @@ def trained(folder: Path, batch: int) -> tuple[Any, dict[str, Any]]:
     reference.load_state_dict({name: x + 0.02 * torch.randn_like(x) for name, x in model.state_dict().items()})
     trainer = DPOTrainer(model, reference, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     trainer.train()
-    found = {name: history(trainer, f"rewards/{name}") for name in ("margins",)}
-    found["num_tokens"] = history(trainer, "num_tokens")
-    found["weights"] = [x.double().sum().item() for x in weights(trainer).values()]
+    names = ("rewards/margins", "num_tokens", "grad_norm", "loss")
+    found: dict[str, Any] = {name.removeprefix("rewards/"): history(trainer, name) for name in names}
+    found["weights"] = [x for value in weights(trainer).values() for x in value.flatten().tolist()[::7]]
     return trainer, found
 
 
@@ -45,6 +46,8 @@ def main(folder: Path) -> None:
     rank = trainer.accelerator.process_index
     found |= {"world": trainer.accelerator.num_processes, "wrapped": isinstance(trainer.model_wrapped, DistributedDataParallel)}
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
+    del trainer  # before the group that its reducer uses: the other way round it may wait for ever
+    gc.collect()
     torch.distributed.destroy_process_group()
 
 

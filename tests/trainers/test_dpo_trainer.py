@@ -53,7 +53,7 @@ def make(tmp_path, model, tokenizer, pairs) -> Any:
             "disable_tqdm": True,
             "seed": 3,
         }
-        passed = {name: changes.pop(name) for name in ("peft_config", "eval_dataset") if name in changes}
+        passed = {name: changes.pop(name) for name in ("peft_config", "eval_dataset", "compute_metrics") if name in changes}
         policy = changes.pop("model", None) or type(model).from_pretrained(folder)
         other = None
         if reference:
@@ -145,7 +145,7 @@ def test_the_others_are_refused_with_the_same_kind_of_error(make) -> None:
 
 
 def test_the_first_step_is_log_2_and_the_boundary_of_prompts_counts(make) -> None:
-    trainer = make(reference=False, precompute_ref_log_probs=False)
+    trainer = make(reference=False)
     batch = next(iter(trainer.get_train_dataloader()))
     loss, _ = loss_and_gradient(trainer, batch)
     assert loss.item() == torch.tensor(math.log(2), dtype=torch.float32).item()
@@ -283,9 +283,40 @@ def test_two_ranks_train_as_one(tmp_path) -> None:
         assert rank["world"] == 2
         assert rank["wrapped"]
         assert rank["weights"] == pytest.approx(one["weights"], rel=1e-5, abs=1e-6)
-        assert rank["margins"] == pytest.approx(one["margins"], rel=1e-4, abs=1e-6)
+        for name in ("margins", "grad_norm", "loss"):
+            assert rank[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6)
         assert rank["num_tokens"] == one["num_tokens"]
     assert ranks[0]["weights"] == ranks[1]["weights"]
+
+
+def test_resuming_gives_the_same_bits(make) -> None:
+    whole = make(save_strategy="steps", save_steps=2)
+    whole.train()
+    resumed = make(save_strategy="steps", save_steps=2)
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-2")
+    torch.testing.assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
+    assert history(resumed, "loss") == history(whole, "loss")
+
+
+def test_logits_for_compute_metrics(make, pairs) -> None:
+    seen = []
+    metric = {"compute_metrics": lambda prediction: seen.append(prediction.predictions.shape) or {"seen": 1.0}}
+    trainer = make(eval_dataset=pairs, per_device_eval_batch_size=8, **metric)
+    assert trainer.evaluate()["eval_seen"] == 1.0
+    assert seen[0][-1] == trainer.model.config.vocab_size
+
+
+def test_lengths_are_of_scored_tokens(make) -> None:
+    """Where no prompt is left, nothing predicts the first token, which TRL counts all the same."""
+    trainer = make(loss_type="ipo", max_length=4, truncation_mode="keep_end")
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["completion_mask"].bool().all(1).any()
+    loss, _ = loss_and_gradient(trainer, batch)
+    chosen, rejected = trainer.compute_ref_log_probs(trainer.model, batch)
+    ref_chosen, ref_rejected = trainer.compute_ref_log_probs(trainer.ref_model, batch)
+    counts = batch["completion_mask"][:, 1:].sum(1).double().chunk(2)
+    gap = (chosen - ref_chosen) / counts[0] - (rejected - ref_rejected) / counts[1]
+    assert loss.item() == pytest.approx((gap - 5).square().mean().item(), rel=1e-6)
 
 
 @pytest.mark.parametrize(
