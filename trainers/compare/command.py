@@ -20,7 +20,7 @@ from dppo_kernels.trainers.arguments import ArgumentParser, shipped_configs, wit
 from dppo_kernels.trainers.compare import report
 from dppo_kernels.trainers.compare.conclusion import Finding, in_words
 from dppo_kernels.trainers.compare.config import METHODS, WARM_START, CompareConfig
-from dppo_kernels.trainers.compare.run import run_seeds
+from dppo_kernels.trainers.compare.run import WarmStartError, run_seeds
 from dppo_kernels.trainers.compare.task import read_split
 
 PACKAGES = ("torch", "transformers", "trl", "scikit-learn", "scipy", "pandas")
@@ -51,18 +51,23 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         read_split(config, seed=0)  # what is wrong with a table is said before any work
     except (OSError, TypeError, ValueError) as reason:
         parser.error(str(reason))
-    return run_compare(config, command=shlex.join(["dppo", "compare", *arguments]))
+    try:
+        return run_compare(config, command=shlex.join(["dppo", "compare", *arguments]))
+    except WarmStartError as reason:
+        parser.error(str(reason))
 
 
 def run_compare(config: CompareConfig, command: str = "run_compare(config)") -> dict[str, Any]:
     """Train DPO and PPO on the rows of a table, offline and on this CPU; write report.md, report.png and results.json."""
-    console, started = Console(), time.perf_counter()
-    seeds = run_seeds(config, lambda text: console.print(f"{time.perf_counter() - started:5.0f} s  {text}", highlight=False))
+    console, started, commit = Console(), time.perf_counter(), _commit()
+    seeds = run_seeds(
+        config, lambda text: console.print(f"{time.perf_counter() - started:5.0f} s  {text}", highlight=False, soft_wrap=True)
+    )
     results = {
         "command": command,
         "config": asdict(config),
         "learning_rates": {method: config.rate(method) for method in METHODS},
-        "commit": _commit(),
+        "commit": commit,
         "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         "versions": {"dppo-kernels": __version__, "python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
         "seconds": sum(seed["seconds"] for seed in seeds),

@@ -24,6 +24,8 @@ from dppo_kernels.trainers.ppo_config import PPOConfig
 from dppo_kernels.trainers.rewards.tabular import HierarchicalReward
 
 GENERATED_AT_ONCE = 128  # prompts
+# The reward comes after some ninety tokens, so that it is not discounted, and values have much to learn from it in few steps.
+PPO_SETTINGS = {"lam": 1.0, "vf_coef": 0.5}
 
 # Logged name -> name in the results.
 DPO_METRICS = {"train_loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
@@ -191,6 +193,7 @@ class PPORun(Run):
             num_mini_batches=config.mini_batches,
             max_completion_length=self.task.budget,
             kl_coef=config.kl_penalty,
+            **PPO_SETTINGS,
         )
         trainer = PPOTrainer(
             self.task.model(self.weights),

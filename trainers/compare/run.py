@@ -14,6 +14,7 @@ from dppo_kernels.trainers.compare.measure import fit_judge, fit_training, judge
 from dppo_kernels.trainers.compare.methods import RUNS, quiet
 from dppo_kernels.trainers.compare.task import Samples, Task
 from dppo_kernels.trainers.rewards.tabular import HierarchicalReward
+from dppo_kernels.trainers.tabular import validity
 
 FINAL = 1_000  # a place of sampling beyond every round
 LEADER = "PPO"  # generates whole rollouts; the others follow up to its tokens
@@ -21,6 +22,10 @@ LEADER = "PPO"  # generates whole rollouts; the others follow up to its tokens
 _NOT_FINGERPRINTED = ("output_dir", "seeds")
 
 Note = Callable[[str], None]
+
+
+class WarmStartError(ValueError):
+    """The warm start writes nothing that could be rewarded."""
 
 
 def run_seeds(config: CompareConfig, note: Note = lambda text: None) -> list[dict[str, Any]]:
@@ -52,11 +57,20 @@ def fingerprint(config: CompareConfig) -> dict[str, Any]:
 
 
 def run_seed(config: CompareConfig, seed: int, note: Note = lambda text: None) -> dict[str, Any]:
-    """One seed: measures of the warm start and of each method, curves, tokens, time and memory; numbers that JSON holds."""
+    """One seed: measures of the warm start and of each method, curves, tokens, time and memory; numbers that JSON holds.
+
+    Raises:
+        WarmStartError: a ValueError.
+    """
     started = time.perf_counter()
     task = Task.build(config, seed)
     start = task.warm_start(config.warmup_steps, _every(config.warmup_steps, f"seed {seed}: warm start", note))
     first = task.sample(start, config.eval_samples, 0)
+    if not any(validity(task.schema, text) for text in first.texts):
+        raise WarmStartError(
+            f"`warmup_steps`={config.warmup_steps} must teach a model of `width`={config.width} to write whole rows, got none "
+            f"in {config.eval_samples} completions of seed {seed}: all would have the reward 0"
+        )
     discriminators = fit_training(task, config, first)
     reward = HierarchicalReward(discriminators)  # one object for both: `update` changes what it says
     runs = {name: make(task, config, Path(config.output_dir) / "trainers", start) for name, make in RUNS.items()}

@@ -13,11 +13,30 @@ def measures(seed: int, shift: float = 0.0, **changes: float | None) -> dict[str
     levels = {f"{judge}{level}": 0.4 + shift + wobble for level in LEVELS for judge in ("", "judge_")}
     found: dict[str, Any] = {
         **levels,
-        **{"reward": 0.3 + shift + wobble, "reward_std": 0.2, "judge_reward": 0.25 + shift + wobble, "judge_reward_std": 0.2},
-        **{"validity": 0.6 + wobble, "kl": 0.0, "kl_error": 0.0, "tokens": 88.0, "rows": 60, "invalid_share": 0.4},
-        **{"utility": 0.9, "utility_real": 0.977, "utility_marginals": 0.321, "marginal_tv": 0.15, "marginal_tv_real": 0.11},
-        **{"correlation_error": 0.25, "correlation_error_real": 0.06, "dcr": 1.5, "dcr_real": 0.93, "too_close_share": 0.02},
-        **{"copied_share": 0.0, "distinct_share": 1.0, "spread": 1.1, "reasons": {}},
+        "reward": 0.3 + shift + wobble,
+        "reward_std": 0.2,
+        "judge_reward": 0.25 + shift + wobble,
+        "judge_reward_std": 0.2,
+        "validity": 0.6 + wobble,
+        "kl": 0.0,
+        "kl_error": 0.0,
+        "tokens": 88.0,
+        "rows": 60,
+        "invalid_share": 0.4,
+        "utility": 0.9,
+        "utility_real": 0.977,
+        "utility_marginals": 0.321,
+        "marginal_tv": 0.15,
+        "marginal_tv_real": 0.11,
+        "correlation_error": 0.25,
+        "correlation_error_real": 0.06,
+        "dcr": 1.5,
+        "dcr_real": 0.93,
+        "too_close_share": 0.02,
+        "copied_share": 0.0,
+        "distinct_share": 1.0,
+        "spread": 1.1,
+        "reasons": {},
     }
     return found | changes
 
@@ -53,7 +72,8 @@ def results(seeds: int = 3) -> dict[str, Any]:
     found = []
     for seed in range(seeds):
         untaught = {"utility": None} if seed == 1 else {}
-        dpo = run(seed, 0.1 + 0.002 * seed, 2.0, 9_900, {"chosen": 0.625, "rejected": 0.125, "gap": 0.5, "loss": 0.61}, **untaught)
+        logged = {"chosen": 0.625, "rejected": 0.125, "gap": 0.5, "loss": 0.61}
+        dpo = run(seed, 0.1 + 0.002 * seed, 2.0, 9_900, logged, **untaught)
         ppo = run(seed, 0.2, 5.0, 10_000, {"reward": 0.4321, "reward_std": 0.21, "kl": 4.5})
         found.append(
             {
@@ -61,7 +81,9 @@ def results(seeds: int = 3) -> dict[str, Any]:
                 WARM_START: {
                     "measures": measures(seed),
                     "curve": {
-                        **{"generated_tokens": 0, "kl": 0.0, "judge_reward": 0.25},
+                        "generated_tokens": 0,
+                        "kl": 0.0,
+                        "judge_reward": 0.25,
                         **{f"judge_{level}": 0.4 for level in LEVELS},
                     },
                 },

@@ -101,5 +101,5 @@ def test_results_that_are_none_are_refused(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("[]")
     with pytest.raises(ValueError, match="without seeds"):
         write_report(tmp_path / "results.json", tmp_path)
-    with pytest.raises(FileNotFoundError, match="must be the path of a results.json"):
+    with pytest.raises(FileNotFoundError, match=r"must be the path of a results\.json"):
         write_report(tmp_path / "other.json", tmp_path)

@@ -22,8 +22,17 @@ from dppo_kernels.trainers.rewards.tabular import HierarchicalReward
 from dppo_kernels.trainers.tabular import load_table
 
 SETTINGS: dict[str, Any] = {
-    **{"target": "diagnosis", "seeds": 1, "rounds": 2, "total_steps": 8, "batch_size": 16, "mini_batches": 2},
-    **{"eval_samples": 48, "warmup_steps": 250, "width": 32, "discriminator_epochs": 4, "learning_rate": 5e-4},
+    "target": "diagnosis",
+    "seeds": 1,
+    "rounds": 2,
+    "total_steps": 8,
+    "batch_size": 16,
+    "mini_batches": 2,
+    "eval_samples": 48,
+    "warmup_steps": 250,
+    "width": 32,
+    "discriminator_epochs": 4,
+    "learning_rate": 5e-4,
 }
 
 
