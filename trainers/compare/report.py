@@ -57,6 +57,8 @@ CAVEATS = (
     "excludes 0 by chance. A difference that is not shown is not an absence of difference.",
     "Both methods make the same number of optimiser steps on as many completions. DPO's are the best and the worst of each "
     "prompt's, seen more often; PPO's are all of them, and it trains a value model beside its policy: seconds are not equal.",
+    "Marginal TV and correlation error fall with the number of rows by themselves, and only valid rows enter them: where a "
+    "method writes more valid rows, it has an advantage in both.",
     "Optimisers start anew in each round, for both methods; PPO's value model goes on.",
     "Peak memory is of the whole process on a CPU, with all that the other method and the discriminators hold.",
 )
@@ -138,7 +140,7 @@ def _costs(results: dict[str, Any]) -> str:
         ("peak_memory", "peak memory of the process (MiB)"),
     ):
         found = [[seed["methods"][method][name] for seed in results["seeds"]] for method in METHODS]
-        rows.append([title, *(mean_and_spread(values, 6) for values in found)])
+        rows.append([title, *(mean_and_spread(values) for values in found)])
     rows.append(["learning rate", *(f"{rate:g}" for rate in results["learning_rates"].values())])
     return _table(("", *METHODS), rows)
 
@@ -200,7 +202,7 @@ def _seeds(results: dict[str, Any]) -> str:
 
 
 def _options(results: dict[str, Any]) -> str:
-    options = ", ".join(f"`{name}` {value}" for name, value in results["config"].items())
+    options = ", ".join(f"`{name}` {value}" for name, value in results["config"].items() if name != "output_dir")
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     return f"{options}.\n\n{versions}."
 
@@ -214,19 +216,21 @@ def _bullets(lines: Any) -> str:
     return "\n".join(f"* {line}" for line in lines)
 
 
-def mean_and_spread(values: Sequence[float | None], digits: int = 3) -> str:
+def mean_and_spread(values: Sequence[float | None]) -> str:
     """Mean ± standard deviation over seeds."""
     known = [value for value in values if value is not None]
     if not known:
         return "-"
-    mean = _number(float(np.mean(known)), digits)
-    spread = f" ± {np.std(known, ddof=1):.2g}" if len(known) > 1 else ""
+    spread = f" ± {_number(float(np.std(known, ddof=1)), 2)}" if len(known) > 1 else ""
     missing = f" ({len(known)} of {len(values)} seeds)" if len(known) < len(values) else ""
-    return f"{mean}{spread}{missing}"
+    return f"{_number(float(np.mean(known)))}{spread}{missing}"
 
 
 def _number(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None else f"{value:.{digits}g}"
+    """With so many significant digits, and no exponent where the number is large."""
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
 
 
 def draw(results: dict[str, Any], path: Path) -> Path:

@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("matplotlib", reason="the demo extra is not installed")
-pytest.importorskip("sklearn", reason="the tabular extra is not installed")
-
+from dppo_kernels.trainers import cli
 from dppo_kernels.trainers.compare import CompareConfig, run, run_compare
 from dppo_kernels.trainers.compare.config import LEVELS, METHODS, WARM_START
 from dppo_kernels.trainers.compare.methods import DPORun, PPORun
@@ -162,6 +160,15 @@ def test_a_seed_that_is_done_is_not_run_again(compared: tuple, monkeypatch: pyte
     other = CompareConfig(**{**vars(config), "beta": 0.2})
     with pytest.raises(AssertionError, match="run again"):
         run.run_seeds(other)
+
+
+def test_a_warm_start_that_writes_no_rows_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_small_table(tmp_path / "small.csv")
+    options = ["--target", "diagnosis", "--warmup_steps", "1", "--width", "8", "--eval_samples", "20"]
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["compare", "--data", str(data), "--output_dir", str(tmp_path / "out"), *options])
+    assert exit_info.value.code == 2
+    assert "`warmup_steps`=1 must teach a model of `width`=8 to write whole rows" in capsys.readouterr().err
 
 
 def test_the_kl_is_the_difference_of_log_probs(compared: tuple) -> None:
