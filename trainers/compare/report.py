@@ -19,12 +19,15 @@ REAL = {
 }
 TITLES = {metric.name: metric.title for metric in METRICS} | {
     "reward_std": "spread of the reward over completions",
+    "reward_if_valid": "reward of valid rows alone",
+    "judge_reward_if_valid": "judge reward of valid rows alone",
     **{level: f"{level} level (training discriminators)" for level in LEVELS},
     **{f"judge_{level}": f"{level} level (judge)" for level in LEVELS},
     "tokens": "tokens of a completion",
 }
 TABLE = (
-    *("reward", "reward_std", *LEVELS, "judge_reward", *(f"judge_{level}" for level in LEVELS)),
+    *("reward", "reward_std", "reward_if_valid", *LEVELS),
+    *("judge_reward", "judge_reward_if_valid", *(f"judge_{level}" for level in LEVELS)),
     *("validity", "tokens", "kl", "utility", "marginal_tv", "correlation_error"),
     *("dcr", "too_close_share", "copied_share", "distinct_share", "spread"),
 )
@@ -55,6 +58,8 @@ CAVEATS = (
     "one seed of it. The methods' other settings were not tuned.",
     "Intervals are Student's t over seeds, one for each measure, not corrected for there being several: of twenty, one "
     "excludes 0 by chance. A difference that is not shown is not an absence of difference.",
+    "The methods are compared at the same number of tokens, not at the same KL: read rewards with the KL beside them. Where "
+    "the reward of valid rows alone is the same, a method that is higher writes more whole rows, not more real ones.",
     "Both methods make the same number of optimiser steps on as many completions. DPO's are the best and the worst of each "
     "prompt's, seen more often; PPO's are all of them, and it trains a value model beside its policy: seconds are not equal.",
     "Marginal TV and correlation error fall with the number of rows by themselves, and only valid rows enter them: where a "
@@ -68,7 +73,11 @@ def values_of(results: dict[str, Any], who: str) -> dict[str, list[float | None]
     """Measures of a method or the warm start, each a list over seeds."""
     seeds = results["seeds"]
     found = [(seed if who == WARM_START else seed["methods"])[who]["measures"] for seed in seeds]
-    return {name: [measures[name] for measures in found] for name in found[0] if name != "reasons"}
+    values = {name: [measures[name] for measures in found] for name in found[0] if name != "reasons"}
+    # What is no row has the reward 0, so that the mean over all completions is that over valid ones times their share.
+    for name in ("reward", "judge_reward"):
+        values[f"{name}_if_valid"] = [m[name] / m["validity"] if m["validity"] else None for m in found]
+    return values
 
 
 def conclude(results: dict[str, Any]) -> list[Finding]:
@@ -248,10 +257,10 @@ def draw(results: dict[str, Any], path: Path) -> Path:
         for i, method in enumerate(METHODS):
             for j, seed in enumerate(results["seeds"]):
                 points = _curve(seed, method)
-                x, y = ([point[key] for point in points] for key in (against, name))
+                x, y = ([point[key] / (1000 if key == "tokens" else 1) for point in points] for key in (against, name))
                 axis.plot(x, y, f"C{i}.-", alpha=0.8, linewidth=1.2, label=method if j == 0 else None)
         axis.set_title(title)
-        axis.set_xlabel("generated tokens" if against == "tokens" else "KL (nats)")
+        axis.set_xlabel("thousands of generated tokens" if against == "tokens" else "KL (nats)")
         axis.grid(alpha=0.3)
     axes[0, 0].legend()
     figure.savefig(path, dpi=90)

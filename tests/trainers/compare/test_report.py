@@ -30,6 +30,7 @@ def test_the_tables_hold_the_numbers() -> None:
     assert measures["judge reward"] == ["", "0.251 ± 0.001", "0.353 ± 0.003", "0.451 ± 0.001", "-0.098 [-0.103, -0.093]"]
     assert measures["KL to the warm start (nats)"] == ["", "0 ± 0", "2 ± 0", "5 ± 0", "-3 [-3, -3]"]
     assert measures["TSTR AUC"] == ["0.977 ± 0", "0.9 ± 0", "0.9 ± 0 (2 of 3 seeds)", "0.9 ± 0", "0 [0, 0]"]
+    assert measures["judge reward of valid rows alone"][3] == "0.75 ± 0.00042"  # of PPO: 0.45 / 0.6, and 0.001 more a seed
     assert "0.321" in section(text, "Measures")  # the floor
     costs = rows_of(section(text, "What it took"))
     assert costs["generated tokens"] == ["9900 ± 0", "10000 ± 0"]
