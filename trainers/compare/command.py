@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     try:
         return run_compare(config, command=shlex.join(["dppo", "compare", *arguments]))
     except WarmStartError as reason:
-        parser.error(str(reason))
+        return parser.error(str(reason))
 
 
 def run_compare(config: CompareConfig, command: str = "run_compare(config)") -> dict[str, Any]:

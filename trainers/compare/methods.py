@@ -25,7 +25,7 @@ from dppo_kernels.trainers.rewards.tabular import HierarchicalReward
 
 GENERATED_AT_ONCE = 128  # prompts
 # The reward comes after some ninety tokens, so that it is not discounted, and values have much to learn from it in few steps.
-PPO_SETTINGS = {"lam": 1.0, "vf_coef": 0.5}
+PPO_SETTINGS: dict[str, Any] = {"lam": 1.0, "vf_coef": 0.5}
 
 # Logged name -> name in the results.
 DPO_METRICS = {"train_loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
@@ -160,7 +160,8 @@ class DPORun(Run):
 
     def _pairs(self, index: int, reward: HierarchicalReward, tokens: int) -> tuple[Dataset, dict[str, float | None]]:
         """As many prompts as surely fit what is left of the tokens, until not one does."""
-        policy, parts, prompts = self.task.model(self.weights), [], 0
+        policy, prompts = self.task.model(self.weights), 0
+        parts: list[Dataset] = []
         while count := (tokens - self.tokens) // (len(self.config.temperatures) * self.task.budget):
             settings = PairsConfig(
                 temperatures=self.config.temperatures,

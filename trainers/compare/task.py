@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -133,5 +133,6 @@ def _score(model: Any, prompts: Sequence[list[int]], completions: Sequence[list[
             counted[row, len(prompt) : length] = True
         logits = model(input_ids=ids, attention_mask=attended, use_cache=False).logits[:, :-1]
         labels = ids.masked_fill(~counted, -100)[:, 1:]
-        found.append(token_logprobs(logits, labels).logprobs.double().sum(1).numpy())
+        scored = cast(Tensor, token_logprobs(logits, labels).logprobs)  # which is asked for by default
+        found.append(scored.double().sum(1).numpy())
     return np.concatenate(found)
