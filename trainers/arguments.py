@@ -3,8 +3,10 @@
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from argparse import ArgumentParser as PlainParser
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -14,6 +16,8 @@ from dppo_kernels.trainers.data import MATH_TEMPLATE, load_prompts
 from dppo_kernels.trainers.rewards import MathAnswerReward
 
 MATH_REWARD, NO_REWARD = "math_answer", "none"
+
+CONFIGS = Path(__file__).with_name("configs")  # shipped ones, in a folder per algorithm
 
 # Other spellings of options, on the command line (by their dataclass) and in YAML files.
 _ALIASES = {"entropy_coeff": "entropy_coef"}
@@ -111,3 +115,24 @@ class ArgumentParser(TrlParser):
 def split_config(argument: str) -> list[str]:
     """TRL's parser knows `--config FILE`, and not `--config=FILE`."""
     return argument.split("=", 1) if argument.startswith("--config=") else [argument]
+
+
+def shipped_configs(command: str) -> dict[str, Path]:
+    """YAML files that come with the package for an algorithm or a command, by name."""
+    return {path.stem: path for path in sorted((CONFIGS / command).glob("*.yaml"))}
+
+
+def with_shipped_config(parser: PlainParser, arguments: Sequence[str], names: Mapping[str, Path]) -> list[str]:
+    """`arguments`, where the value of `--config` is a file: one that is given, or a shipped one by its name.
+
+    Exits with status 2 where it is neither.
+    """
+    found = [part for argument in arguments for part in split_config(argument)]
+    if "--config" in found[:-1]:
+        place = found.index("--config") + 1
+        given = found[place]
+        if not os.path.exists(given):
+            if given not in names:
+                parser.error(f"--config {given}: no such file, and none of the shipped ones: {', '.join(names)}")
+            found[place] = str(names[given])
+    return found

@@ -1,6 +1,6 @@
 """The ``dppo`` command: ``dppo doctor`` says what this installation can do, ``dppo train dapo`` trains from flags and a YAML
-file, ``dppo pairs`` generates preference pairs, ``dppo demo`` compares methods on this machine, ``dppo accelerate train.py``
-runs a script with TRL on our kernels."""
+file, ``dppo pairs`` generates preference pairs, ``dppo demo`` and ``dppo compare`` compare methods on this machine,
+``dppo accelerate train.py`` runs a script with TRL on our kernels."""
 
 import argparse
 import importlib.metadata
@@ -25,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("doctor", help="print versions, devices, and why each backend is or is not available")
     demo = commands.add_parser("demo", help="GRPO against DPPO on arithmetic, offline, on this machine", add_help=False)
     demo.add_argument("rest", nargs=argparse.REMAINDER)
+    compare = commands.add_parser("compare", help="DPO against PPO on table rows, offline, on this machine", add_help=False)
+    compare.add_argument("rest", nargs=argparse.REMAINDER)
     train = commands.add_parser(
         "train",
         help="train from flags and --config file.yaml",
@@ -48,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed, extra = parser.parse_known_args(arguments)
     if parsed.command == "demo":
         return _demo([*extra, *parsed.rest])
+    if parsed.command == "compare":
+        return _compare([*extra, *parsed.rest])
     if parsed.command == "train":
         return _train(parsed.algorithm, [*extra, *parsed.rest])
     if parsed.command == "pairs":
@@ -117,8 +121,16 @@ def _demo(arguments: list[str]) -> int:
     return 0
 
 
-def _train(algorithm: str, arguments: list[str]) -> int:
+def _compare(arguments: list[str]) -> int:
     from dppo_kernels.trainers import _trl_seam  # noqa: F401  (first: it says which package is missing or of the wrong version)
+    from dppo_kernels.trainers.compare.command import main as compare
+
+    compare(arguments)
+    return 0
+
+
+def _train(algorithm: str, arguments: list[str]) -> int:
+    from dppo_kernels.trainers import _trl_seam  # noqa: F401  (first, as above)
 
     if algorithm == "dpo":  # trains on pairs, the others on prompts and rewards
         from dppo_kernels.trainers.train_dpo import train_dpo

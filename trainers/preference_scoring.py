@@ -47,14 +47,16 @@ def install_preference_scoring(model: PreTrainedModel) -> None:
         device = head.weight.device  # of a model that is split over several, the last
         mask, ids = options.pop("completion_mask")[:, 1:].bool().to(device), kwargs["input_ids"][:, 1:].to(device)
         backbone = self.base_model(*args, **kwargs, use_cache=False)
-        rows = (backbone.last_hidden_state[:, :-1].to(device), head.weight, ids, mask)
-        transform = {"bias": head.bias, "logit_scale": logit_scale, "softcap": softcap}
+        hidden = backbone.last_hidden_state[:, :-1].to(device)
+        transform: dict[str, Any] = {"bias": head.bias, "logit_scale": logit_scale, "softcap": softcap}
         if "reference_of" in options:
-            found = linear_sequence_logprobs(*rows, spec=options.pop("reference_of"), **transform, **options)
+            found = linear_sequence_logprobs(
+                hidden, head.weight, ids, mask, spec=options.pop("reference_of"), **transform, **options
+            )
             return PreferenceOutput(sequence_logprobs=found.logprobs)
         options["ref_logprobs"] = options["ref_logprobs"].to(device)
         output = PreferenceOutput()
-        output.loss, output.stats = linear_preference_loss(*rows, **transform, **options)
+        output.loss, output.stats = linear_preference_loss(hidden, head.weight, ids, mask, **transform, **options)
         if kwargs.get("output_router_logits"):
             output.aux_loss = load_balancing_loss(self.config, backbone.router_logits, kwargs.get("attention_mask"))
         return output

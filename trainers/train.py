@@ -1,6 +1,5 @@
 """``dppo train``: a trainer of this package on prompts with checkable answers, from flags and a YAML file."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from dppo_kernels.trainers.arguments import NO_REWARD, ArgumentParser, DataArguments, as_chat, split_config
+from dppo_kernels.trainers.arguments import (
+    NO_REWARD,
+    ArgumentParser,
+    DataArguments,
+    as_chat,
+    shipped_configs,
+    with_shipped_config,
+)
 from dppo_kernels.trainers.dapo import DAPOConfig, DAPOTrainer
 from dppo_kernels.trainers.data import split_problems
 from dppo_kernels.trainers.decoupled_ppo import DecoupledPPOTrainer
@@ -28,7 +34,6 @@ ALGORITHMS: dict[str, tuple[type[Any], type[Any]]] = {
     "dppo": (DPPOConfig, DPPOTrainer),
     "ppo": (PPOConfig, PPOTrainer),
 }
-CONFIGS = Path(__file__).with_name("configs")  # shipped ones, in a folder per algorithm
 EVAL_ACCURACY = "eval_answers/correct"
 
 
@@ -92,11 +97,6 @@ class DistillTrainArguments(PPOTrainArguments):
         return {**super().models(), "teacher": self.teacher_model_path}
 
 
-def shipped_configs(algorithm: str) -> dict[str, Path]:
-    """YAML files that come with the package, by name."""
-    return {path.stem: path for path in sorted((CONFIGS / algorithm).glob("*.yaml"))}
-
-
 def parse(algorithm: str, arguments: Sequence[str]) -> tuple[TrainArguments, Any, ModelConfig]:
     """Data, trainer and model settings from flags and ``--config``, which names a YAML file or a shipped one.
 
@@ -128,16 +128,8 @@ def parse(algorithm: str, arguments: Sequence[str]) -> tuple[TrainArguments, Any
 
 def parse_with_config(parser: ArgumentParser, arguments: Sequence[str], names: Mapping[str, Path]) -> tuple[Any, ...]:
     """The parser's dataclasses from flags and ``--config``, which names a YAML file or one of the shipped `names`."""
-    arguments = [part for argument in arguments for part in split_config(argument)]
-    if "--config" in arguments[:-1]:
-        place = arguments.index("--config") + 1
-        given = arguments[place]
-        if not os.path.exists(given):
-            if given not in names:
-                parser.error(f"--config {given}: no such file, and none of the shipped ones: {', '.join(names)}")
-            arguments[place] = str(names[given])
     try:
-        parsed: tuple[Any, ...] = parser.parse_args_and_config(arguments)
+        parsed: tuple[Any, ...] = parser.parse_args_and_config(with_shipped_config(parser, arguments, names))
     except (TypeError, ValueError) as reason:
         parser.error(str(reason))
     return parsed

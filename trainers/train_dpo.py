@@ -12,13 +12,13 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from dppo_kernels import _checks
 from dppo_kernels.trainers._trl_seam import create_model_from_path
-from dppo_kernels.trainers.arguments import NO_REWARD, ArgumentParser, DataArguments, as_chat
+from dppo_kernels.trainers.arguments import NO_REWARD, ArgumentParser, DataArguments, as_chat, shipped_configs
 from dppo_kernels.trainers.data import load_preferences, split_problems
 from dppo_kernels.trainers.demo.offline import OFFLINE_MODEL, WARMUP_STEPS
 from dppo_kernels.trainers.dpo import DPOConfig, DPOTrainer
 from dppo_kernels.trainers.pairs import make_pairs
 from dppo_kernels.trainers.pairs_config import PairsConfig
-from dppo_kernels.trainers.train import init_arguments, offline_model, parse_with_config, resume_from, shipped_configs
+from dppo_kernels.trainers.train import init_arguments, offline_model, parse_with_config, resume_from
 
 MEASURED_SAMPLES = 4  # of each prompt that is held out
 

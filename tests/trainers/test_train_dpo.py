@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from dppo_kernels import F_DIVERGENCES, PREFERENCE_LOSSES
 from dppo_kernels.trainers import DPOConfig, cli
+from dppo_kernels.trainers.arguments import shipped_configs
 from dppo_kernels.trainers.data import load_preferences
 from dppo_kernels.trainers.dpo import METRICS
-from dppo_kernels.trainers.train import shipped_configs
 from dppo_kernels.trainers.train_dpo import DPOTrainArguments, parse, train_dpo
 from tests.trainers.test_train import CPU, tags
 

@@ -13,8 +13,8 @@ BATCH = 128
 LEARNING_RATE = 2e-3
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int, width: int = 96) -> Qwen3ForCausalLM:
-    """Two layers, about 190 thousand parameters at the default width."""
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int, width: int = 96, positions: int = 64) -> Qwen3ForCausalLM:
+    """Two layers, about 190 thousand parameters at the default width, for texts of at most `positions` tokens."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
@@ -24,7 +24,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int, width: int = 96) 
         num_attention_heads=4,
         num_key_value_heads=4,
         head_dim=width // 4,
-        max_position_embeddings=64,
+        max_position_embeddings=positions,
         tie_word_embeddings=False,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -40,6 +40,8 @@ def warm_up(
     *,
     seed: int,
     steps: int = STEPS,
+    batch: int = BATCH,
+    learning_rate: float = LEARNING_RATE,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> None:
     """Imitate `examples`, pairs of prompt and answer: cross entropy on the answers, Adam, learning rate to zero."""
@@ -50,11 +52,11 @@ def warm_up(
     attention = (ids != tokenizer.pad_token_id).long()
     prompt_lengths = torch.tensor([len(row) for row in tokenizer([prompt for prompt, _ in examples])["input_ids"]])
     labels = ids.masked_fill(attention.cumsum(1) <= prompt_lengths[:, None], -100)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 50) * (1 - step / steps))
     model.train()
     for step in range(steps):
-        rows = torch.randint(len(examples), (BATCH,), generator=generator)
+        rows = torch.randint(len(examples), (batch,), generator=generator)
         logits = model(input_ids=ids[rows], attention_mask=attention[rows]).logits[:, :-1]
         loss = cross_entropy(logits.flatten(0, 1), labels[rows][:, 1:].flatten())
         optimizer.zero_grad()

@@ -1,0 +1,78 @@
+"""What samples of a policy are worth: rewards by two sets of discriminators, KL, validity, utility and privacy."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from dppo_kernels.trainers.compare.config import LEVELS, CompareConfig
+from dppo_kernels.trainers.compare.task import Samples, Task, Weights
+from dppo_kernels.trainers.rewards.tabular import hierarchical_reward
+from dppo_kernels.trainers.tabular import Discriminators, TrainingOptions, evaluate
+
+TOKEN_EPOCHS = 4  # of the others' for one of the token level, which is the slow one
+
+
+def new_discriminators(task: Task, config: CompareConfig) -> Discriminators:
+    epochs = config.discriminator_epochs
+    options = TrainingOptions(epochs=epochs, token_epochs=-(-epochs // TOKEN_EPOCHS))
+    return Discriminators(task.schema, options=options)
+
+
+def fit_training(task: Task, config: CompareConfig, samples: Samples) -> Discriminators:
+    """Those that both methods are trained on, as they are before the first round: they learn from the training rows."""
+    found = new_discriminators(task, config)
+    tuning, reporting = halves(task.split.tuning)
+    found.fit(task.split.train, tuning, reporting, generated=samples.texts, seed=task.seed)
+    return found
+
+
+def fit_judge(task: Task, config: CompareConfig, samples: Sequence[Samples]) -> Discriminators:
+    """Those that nothing is trained on: real rows that neither the policies nor the others have learned from, other seeds.
+
+    Args:
+        samples: of the warm start and of each method, as many of each, so that the judge has learned to tell all of them
+            from real rows, and none better than another.
+    """
+    found = new_discriminators(task, config)
+    tuning, reporting = halves(task.split.tuning)
+    texts = [text for part in samples for text in part.texts]
+    found.fit(task.split.held_out, tuning, reporting, generated=texts, seed=task.seed + 1_000_003)
+    return found
+
+
+def halves(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Every other row, which are in random order."""
+    return rows.iloc[::2], rows.iloc[1::2]
+
+
+def rewards(discriminators: Discriminators, samples: Samples) -> dict[str, float]:
+    """Mean and standard deviation of the hierarchical reward, and means of its levels before the gate of validity."""
+    scores = discriminators.score(samples.texts, samples.starts)
+    reward = hierarchical_reward(scores.token, scores.sentence, scores.row, scores.features) * scores.valid
+    features = np.mean(list(scores.features.values()), axis=0)
+    levels = dict(zip(LEVELS, (scores.token, scores.sentence, scores.row, features), strict=True))
+    found = {"reward": reward.mean(), "reward_std": reward.std(), "validity": scores.valid.mean()}
+    return {name: float(value) for name, value in (found | {name: x.mean() for name, x in levels.items()}).items()}
+
+
+def judged(judge: Discriminators, samples: Samples) -> dict[str, float]:
+    """The same by the judge, its names with that prefix."""
+    return {f"judge_{name}": value for name, value in rewards(judge, samples).items() if name != "validity"}
+
+
+def measure(
+    task: Task, samples: Samples, weights: Weights, start: Weights, discriminators: Discriminators, judge: Discriminators
+) -> dict[str, Any]:
+    """Everything, of fresh samples of the policy of these weights; None for what cannot be taken, and why in "reasons"."""
+    kl = task.kl(samples, weights, start)
+    lengths = [len(ids) for ids in samples.ids]
+    return {
+        **rewards(discriminators, samples),
+        **judged(judge, samples),
+        "kl": float(kl.mean()),
+        "kl_error": float(kl.std(ddof=1) / np.sqrt(len(kl))),
+        "tokens": float(np.mean(lengths)),
+        **evaluate(task.schema, samples.texts, task.split.train, task.split.evaluation, seed=task.seed).as_dict(),
+    }
