@@ -109,8 +109,7 @@ class Variant:
     def PROVIDERS(self) -> dict[str, Callable[[Inputs], Tensor]]:
         outputs = METRICS if self.metrics else ()
         asked = {name: functools.partial(provider, outputs=outputs) for name, provider in ((OURS, ours), ("trl", trl))}
-        if self.metrics:  # the others do not log
-            return asked
+        # The others compute the loss alone.
         return {**asked, "liger": liger, "liger tf32": with_tf32(liger), "naive": naive, "torch.compile": compiled}
 
     def inputs(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
