@@ -24,7 +24,7 @@ ON_CPU = pytest.param(
     "cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU of this machine")
 )
 DEVICES = [ON_CPU, pytest.param("cuda", marks=pytest.mark.gpu)]
-INTERPRETED = settings(max_examples=12)  # an example is about half a second
+INTERPRETED = settings(max_examples=6)  # an example is about half a second
 ROWS_16 = 16 * 64 * 4  # a workspace of 16 rows for a vocabulary of 53 in fp32: two chunks and more
 
 
