@@ -21,6 +21,10 @@ def test_pairs_by_an_engine(start_engine, model, model_path: Path, tokenizer, tm
     llm = start_engine(
         model=str(model_path), logprobs_mode="processed_logprobs", max_model_len=64, gpu_memory_utilization=0.3, seed=0
     )
+    # The run's one engine: tests before this one have trained it.
+    engine_model = llm.llm_engine.model_executor.driver_worker.model_runner.model
+    engine_model.load_weights(list(model.state_dict().items()))
+    llm.reset_prefix_cache()
     rows = Dataset.from_dict({"prompt": [f"{10**i}+{i}=" for i in range(6)], "row": range(6)})
     seen: list[dict[str, Any]] = []
 
