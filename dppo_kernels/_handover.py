@@ -39,3 +39,18 @@ def hand_over(ctx: Any, dloss: Tensor, op: str) -> list[Tensor | None]:
         given.append(gradient.mul_(dloss).to(dtype) if need else None)
         del gradient
     return given
+
+
+def register_hand_over(op: Any, name: str, n_trained: int = 5) -> None:
+    """Autograd of an op that returns (loss, ..., gradients of its first `n_trained` inputs, which alone are trained)."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, *others = output
+        ctx.mark_non_differentiable(*others)
+        ctx.n_fixed = len(inputs) - n_trained
+        keep_gradients(ctx, inputs[:n_trained], others[-n_trained:])
+
+    def backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        return (*hand_over(ctx, dloss, name), *(None,) * ctx.n_fixed)
+
+    op.register_autograd(backward, setup_context=setup_context)

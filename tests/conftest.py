@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 from hypothesis import HealthCheck, settings
 
 _QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large]
-settings.register_profile("default", max_examples=12, deadline=None, suppress_health_check=_QUIET)
+settings.register_profile("default", max_examples=25, deadline=None, suppress_health_check=_QUIET)
 settings.register_profile("long", max_examples=500, deadline=None, suppress_health_check=_QUIET)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 

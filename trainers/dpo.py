@@ -105,7 +105,7 @@ class DPOTrainer(AtomicCheckpointMixin, StatLoggingMixin, TRLDPOTrainer):
         if not isinstance(args, DPOConfig):
             raise TypeError(f"`args` must be a DPOConfig of dppo_kernels, got {type(args).__name__}")
         self.spec, self.stat_metrics = args.preference_spec(), METRICS
-        self._new_tokens: list[Tensor] = []
+        self._new_tokens: Tensor | None = None  # of this process since the last log
         self._scoring_installed = False
         with _known_to_trl(args):
             super().__init__(model, ref_model, args, *rest, **kwargs)
@@ -167,7 +167,8 @@ class DPOTrainer(AtomicCheckpointMixin, StatLoggingMixin, TRLDPOTrainer):
             stats["aux_loss"] = Stat(aux_loss, torch.ones_like(aux_loss), aux_loss)
         self.record(stats)
         if self.model.training:
-            self._new_tokens.append(inputs["attention_mask"].sum())
+            tokens = inputs["attention_mask"].sum()
+            self._new_tokens = tokens if self._new_tokens is None else self._new_tokens + tokens
         if not return_outputs:
             return loss
         with torch.no_grad():  # for `compute_metrics`, which wants logits
@@ -176,10 +177,9 @@ class DPOTrainer(AtomicCheckpointMixin, StatLoggingMixin, TRLDPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
-        if self._new_tokens:
-            seen = self.accelerator.reduce(torch.stack(self._new_tokens).sum(), reduction="sum").item()
-            self._total_train_tokens += seen // self._tp_size
-            self._new_tokens = []
+        if self._new_tokens is not None:
+            self._total_train_tokens += self.accelerator.reduce(self._new_tokens, reduction="sum").item() // self._tp_size
+            self._new_tokens = None
         if self._stats[mode]:
             self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         super().log(logs, start_time)

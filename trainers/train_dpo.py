@@ -95,6 +95,9 @@ def train_dpo(arguments: Sequence[str]) -> DPOTrainer:
     if pairs is not None:
         if model == OFFLINE_MODEL:
             raise ValueError("`model_name_or_path`='offline' is for generated sets: a dataset of pairs needs a model")
+        for name in ("as_chat", "prompt_template", "answer_column"):
+            if getattr(data, name):
+                raise ValueError(f"`{name}`={getattr(data, name)!r} is of prompts: {data.dataset_name!r} holds pairs")
         if data.eval_size:
             parts = pairs.train_test_split(data.eval_size, seed=config.seed)
             pairs, held_out = parts["train"], parts["test"]
@@ -148,7 +151,7 @@ def _pairs_of_prompts(
     with config.main_process_first(desc="making pairs"):
         if config.process_index == 0:
             start = create_model_from_path(model, **(config.model_init_kwargs or {})).to(config.device)
-            tokenizer = AutoTokenizer.from_pretrained(model)
+            tokenizer = AutoTokenizer.from_pretrained(model, revision=(config.model_init_kwargs or {}).get("revision"))
             making = data.pairs_config(output_file=str(file), seed=config.seed)
             _, statistics = make_pairs(start, tokenizer, prompts, rewards, making)
             print(statistics.summary())

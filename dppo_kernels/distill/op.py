@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dppo_kernels import _backend, _checks
-from dppo_kernels._handover import hand_over, keep_gradients
+from dppo_kernels._handover import register_hand_over
 from dppo_kernels._lora import LoraWeight, split_head, vocabulary
 from dppo_kernels._numerics import compute_dtype_of, stat_dtype
 from dppo_kernels.aggregate import reduction_weights
@@ -299,14 +299,4 @@ def _(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, *others = output
-    ctx.mark_non_differentiable(*others)
-    keep_gradients(ctx, inputs[:5], others[-5:])
-
-
-def _backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    return (*hand_over(ctx, dloss, "linear_distill_loss"), *(None,) * 21)
-
-
-_op.register_autograd(_backward, setup_context=_setup_context)
+register_hand_over(_op, "linear_distill_loss")

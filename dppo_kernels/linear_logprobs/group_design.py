@@ -2,7 +2,10 @@
 
 from typing import NamedTuple
 
-from dppo_kernels._tiling import MIN_ROWS, balanced
+import torch
+
+from dppo_kernels._numerics import stat_dtype
+from dppo_kernels._tiling import DEFAULT_WORKSPACE_BYTES, MIN_ROWS, ROW_BLOCKS, TARGET_ROWS, balanced, kind_of
 
 
 class Design(NamedTuple):
@@ -65,3 +68,31 @@ def choose_design(
     slots = max(1, -(-min(fit, in_blocks) // target_rows))
     chunk_rows = max(1, min(fit, in_blocks) // slots // row_multiple) * row_multiple
     return Design("keep", chunk_rows, slots, longest_sequence > slots * chunk_rows)
+
+
+def design_on(
+    device: torch.device,
+    backend: str,
+    dtype: torch.dtype,
+    *,
+    n_rows: int,
+    longest_sequence: int,
+    vocab: int,
+    needs_gradient: bool,
+    by_sequence: bool,
+    workspace_bytes: int | None,
+) -> Design:
+    """`choose_design` with the figures of a device and a backend; a workspace of None is the default."""
+    kind, on_kernels = kind_of(device), backend == "triton"
+    return choose_design(
+        n_rows=n_rows,
+        longest_sequence=longest_sequence,
+        vocab=vocab,
+        element_size=(dtype if on_kernels else stat_dtype(dtype)).itemsize,
+        needs_gradient=needs_gradient,
+        by_sequence=by_sequence,
+        workspace_bytes=DEFAULT_WORKSPACE_BYTES[kind] if workspace_bytes is None else workspace_bytes,
+        target_rows=TARGET_ROWS[kind],
+        row_multiple=ROW_BLOCKS[kind] if on_kernels else 1,
+        exponent_range=not on_kernels or dtype != torch.float16,
+    )

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from dppo_kernels import _backend, _checks
-from dppo_kernels._handover import hand_over, keep_gradients
+from dppo_kernels._handover import register_hand_over
 from dppo_kernels._lora import LoraWeight, split_head
 from dppo_kernels._numerics import compute_dtype_of, split_temperature, stat_dtype
-from dppo_kernels._tiling import DEFAULT_WORKSPACE_BYTES, ROW_BLOCKS, TARGET_ROWS, kind_of
+from dppo_kernels._tiling import DEFAULT_WORKSPACE_BYTES, kind_of
 from dppo_kernels.aggregate import reduction_weights
-from dppo_kernels.linear_logprobs.group_design import Design, choose_design
+from dppo_kernels.linear_logprobs.group_design import Design, design_on
 from dppo_kernels.linear_logprobs.groups import GroupResult, GroupTask
 from dppo_kernels.linear_logprobs.op import check_linear_arguments, pair, run_groups
 from dppo_kernels.linear_logprobs.projection import Needs, Projection
@@ -247,18 +247,16 @@ def _design(
     workspace_bytes: int | None,
     backend: str,
 ) -> Design:
-    kind = kind_of(device)
-    return choose_design(
+    return design_on(
+        device,
+        backend,
+        dtype,
         n_rows=n_rows,
         longest_sequence=sequence_length,
         vocab=vocab,
-        element_size=(dtype if backend == "triton" else stat_dtype(dtype)).itemsize,
         needs_gradient=needs_gradient,
         by_sequence=spec.ratio_level == "sequence",
-        workspace_bytes=DEFAULT_WORKSPACE_BYTES[kind] if workspace_bytes is None else workspace_bytes,
-        target_rows=TARGET_ROWS[kind],
-        row_multiple=ROW_BLOCKS[kind] if backend == "triton" else 1,
-        exponent_range=backend != "triton" or dtype != torch.float16,
+        workspace_bytes=workspace_bytes,
     )
 
 
@@ -413,17 +411,7 @@ def _(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, *others = output
-    ctx.mark_non_differentiable(*others)
-    keep_gradients(ctx, inputs[:5], others[-5:])
-
-
-def _backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    return (*hand_over(ctx, dloss, "linear_policy_loss"), *(None,) * 25)
-
-
-_op.register_autograd(_backward, setup_context=_setup_context)
+register_hand_over(_op, "linear_policy_loss")
 
 
 def _check_topk(spec: PolicyLossSpec, ids: Tensor | None, logprobs: Tensor | None, valid: Tensor | None) -> None:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from dppo_kernels import _backend, _checks
-from dppo_kernels._handover import hand_over, keep_gradients
+from dppo_kernels._handover import register_hand_over
 from dppo_kernels._lora import LoraWeight
 from dppo_kernels._numerics import stat_dtype
-from dppo_kernels._tiling import DEFAULT_WORKSPACE_BYTES, ROW_BLOCKS, TARGET_ROWS, chunks, kind_of
+from dppo_kernels._tiling import TARGET_ROWS, chunks, kind_of
 from dppo_kernels.linear_logprobs.exponentials import Scores
-from dppo_kernels.linear_logprobs.group_design import Design, choose_design
+from dppo_kernels.linear_logprobs.group_design import Design, design_on
 from dppo_kernels.linear_logprobs.groups import Coefficients, GroupTask
 from dppo_kernels.linear_logprobs.op import pair, run_groups
 from dppo_kernels.linear_logprobs.projection import Needs, Projection
@@ -318,18 +318,16 @@ def _design(
         return Design("recompute", why="the weights of WPO need the sum of squared probabilities")
     if softcap is not None and "mean_logits" in outputs:
         return Design("recompute", why="mean logits under a soft-cap need the logits")
-    kind = kind_of(device)
-    return choose_design(
+    return design_on(
+        device,
+        backend,
+        dtype,
         n_rows=n_rows,
         longest_sequence=unit,
         vocab=vocab,
-        element_size=(dtype if backend == "triton" else stat_dtype(dtype)).itemsize,
         needs_gradient=True,
         by_sequence=True,
-        workspace_bytes=DEFAULT_WORKSPACE_BYTES[kind] if workspace_bytes is None else workspace_bytes,
-        target_rows=TARGET_ROWS[kind],
-        row_multiple=ROW_BLOCKS[kind] if backend == "triton" else 1,
-        exponent_range=backend != "triton" or dtype != torch.float16,
+        workspace_bytes=workspace_bytes,
     )
 
 
@@ -490,14 +488,4 @@ def _(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, *others = output
-    ctx.mark_non_differentiable(*others)
-    keep_gradients(ctx, inputs[:5], others[-5:])
-
-
-def _backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    return (*hand_over(ctx, dloss, "linear_preference_loss"), *(None,) * 28)
-
-
-_op.register_autograd(_backward, setup_context=_setup_context)
+register_hand_over(_op, "linear_preference_loss")

@@ -22,7 +22,7 @@ ON_CPU = pytest.param(
     "cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU of this machine")
 )
 DEVICES = [ON_CPU, pytest.param("cuda", marks=pytest.mark.gpu)]
-INTERPRETED = settings(max_examples=4)  # an example is about a second
+INTERPRETED = settings(max_examples=6)  # an example is about a second
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK = {"workspace_bytes": 0}  # a block of rows at a time: several chunks in the interpreter
 FEATURES = DistillCase("jsd", 0.1, b=3, t=11, softcap=5.0, bias=True, banned="both", lora="both", temperature="per_row")

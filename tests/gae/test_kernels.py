@@ -16,7 +16,7 @@ from tests.linear_logprobs.test_kernels import DEVICES
 from tests.numerics import assert_as_exact_as_torch
 
 # An element costs the interpreter a millisecond in a scan; chunks are of 16 steps there.
-INTERPRETED = settings(max_examples=5)
+INTERPRETED = settings(max_examples=8)
 SMALL = {"steps": (0, 1, 15, 16, 17, 40), "max_rows": 3}
 CASE = GaeCase(3, 40, "holes", 0.99, "rows", "rows", True, "strided", 1)
 

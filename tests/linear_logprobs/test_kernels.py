@@ -22,7 +22,7 @@ ON_CPU = pytest.param(
     "cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU of this machine")
 )
 DEVICES = [ON_CPU, pytest.param("cuda", marks=pytest.mark.gpu)]
-INTERPRETED = settings(max_examples=6)  # an example is about a second
+INTERPRETED = settings(max_examples=10)  # an example is about a second
 CASE = ScoringCase(
     rows=33, hidden_size=33, vocab=123, n_gather=4, dtype=torch.float32, scale=4.0, layout="contiguous", temperature="per_row",
     ignored="some", bias=True, softcap=5.0, logit_scale=0.25, seed=1,

@@ -11,9 +11,9 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from dppo_kernels import PRESETS, linear_policy_loss
-from dppo_kernels.linear_logprobs import groups_triton
+from dppo_kernels.linear_logprobs import group_design, groups_triton
 from dppo_kernels.linear_logprobs.groups_triton import GroupLauncher, fill_holes
-from dppo_kernels.linear_policy_loss import op, triton_impl
+from dppo_kernels.linear_policy_loss import triton_impl
 from dppo_kernels.linear_policy_loss.task import Totals, coefficients
 from tests.census import counted_kernels
 from tests.linear_policy_loss.cases import VARIANTS, PolicyCase, policy_cases, run, with_options
@@ -24,7 +24,7 @@ ON_CPU = pytest.param(
     "cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU of this machine")
 )
 DEVICES = [ON_CPU, pytest.param("cuda", marks=pytest.mark.gpu)]
-INTERPRETED = settings(max_examples=6)  # an example is about half a second
+INTERPRETED = settings(max_examples=12)  # an example is about half a second
 ROWS_16 = 16 * 64 * 4  # a workspace of 16 rows for a vocabulary of 53 in fp32: two chunks and more
 
 
@@ -109,7 +109,7 @@ def test_equal_certain_policies_do_not_diverge(device: str, preset: str) -> None
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_sequences_longer_than_the_slots_are_projected_again(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(op, "TARGET_ROWS", {"cpu": 16, "cuda": 16})
+    monkeypatch.setattr(group_design, "TARGET_ROWS", {"cpu": 16, "cuda": 16})
     case = with_options(PolicyCase("gspo", b=3, t=60), workspace_bytes=32 * 53 * 4)
     projected = []
     real = GroupLauncher.project

@@ -1,6 +1,5 @@
 """The designs: which one serves a call, and that each does the work it claims."""
 
-import sys
 from typing import NamedTuple
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 
 from dppo_kernels import PRESETS, PolicyLossSpec, linear_logprobs, linear_policy_loss
 from dppo_kernels._tiling import MIN_ROWS
+from dppo_kernels.linear_logprobs import group_design
 from dppo_kernels.linear_logprobs.group_design import Design, choose_design
 from dppo_kernels.linear_logprobs.groups import GroupTask
 from dppo_kernels.linear_policy_loss import op
@@ -123,8 +123,8 @@ def test_sequence_level_costs_six_where_a_sequence_fits() -> None:
 
 def test_sequence_level_recomputes_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sequences of 15 active rows in slots of 4 + 4: chunks 4, 4, 4, 3, of which the first and the last are kept."""
-    monkeypatch.setattr(op, "TARGET_ROWS", {"cpu": 4})
-    monkeypatch.setattr(sys.modules[choose_design.__module__], "MIN_ROWS", 1)
+    monkeypatch.setattr(group_design, "TARGET_ROWS", {"cpu": 4})
+    monkeypatch.setattr(group_design, "MIN_ROWS", 1)
     call = gspo_task(8)
     assert call.group.design == Design("keep", 4, 2, recomputed=True)
     assert flops(call) == 6 * N1 + 2 * 8 * (B - 1)

@@ -125,12 +125,12 @@ def run(
         other = {name: x.to(device, dtype) for name, x in case.reference_model().items()}
         rows |= {"ref_hidden": other["hidden"], "ref_weight": head(other), "ref_bias": other.get("bias")}
     if case.packed:
-        order = torch.randperm(2 * case.pairs * case.t, generator=case.generator(7))
-        # Rows of a sequence stay in their order.
-        order = order[torch.sort(order // case.t, stable=True).indices].view(2 * case.pairs, -1).sort(1).values.reshape(-1)
-        mixed = torch.rand(order.shape[0], generator=case.generator(8)).argsort()
-        order = torch.cat([order[mixed // case.t == s] for s in range(2 * case.pairs)]) if case.t else order
-        sequence = order // max(case.t, 1)
+        # Rows of all sequences in any order, those of one in theirs.
+        n, length = case.shape()
+        sequence = torch.arange(n).repeat_interleave(length)[torch.randperm(n * length, generator=case.generator(7))]
+        order = torch.empty_like(sequence)
+        for s in range(n):
+            order[sequence == s] = torch.arange(s * length, (s + 1) * length)
         rows |= {"sequence_ids": sequence, "n_pairs": case.pairs}
         for name in ("hidden", "ids", "loss_mask", "temperature", "ref_hidden"):
             if isinstance(rows.get(name), Tensor):

@@ -11,8 +11,8 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from dppo_kernels import PreferenceSpec, linear_preference_loss
+from dppo_kernels.linear_logprobs import group_design
 from dppo_kernels.linear_logprobs.groups_triton import GroupLauncher
-from dppo_kernels.linear_preference_loss import op
 from tests.census import counted_kernels
 from tests.linear_preference_loss.cases import SPECS, PreferenceCase, head, preference_cases, run
 from tests.linear_preference_loss.test_op import hold_to_reference
@@ -22,7 +22,7 @@ ON_CPU = pytest.param(
     "cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU of this machine")
 )
 DEVICES = [ON_CPU, pytest.param("cuda", marks=pytest.mark.gpu)]
-INTERPRETED = settings(max_examples=4)  # an example is about a second
+INTERPRETED = settings(max_examples=6)  # an example is about a second
 ROWS_16 = 16 * 64 * 4  # a workspace of 16 rows for a vocabulary of 53 in fp32
 FEATURES = PreferenceCase(
     SPECS[-2], t=11, softcap=5.0, bias=True, lora=True, temperature="per_row", masked="prompt", packed=True
@@ -44,7 +44,7 @@ def test_as_exact_as_torch(device: str, case: PreferenceCase) -> None:
 @pytest.mark.parametrize("name", ["sigmoid", "aot"])
 def test_chunks_are_projected_again_only_where_rows_do_not_fit(device: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two pairs of 2 x 40 rows, of which the last 7 count: a pair is one chunk of 16, however long its prompts are."""
-    monkeypatch.setattr(op, "TARGET_ROWS", {"cpu": 16, "cuda": 16})
+    monkeypatch.setattr(group_design, "TARGET_ROWS", {"cpu": 16, "cuda": 16})
     hidden, weight = torch.randn(4, 40, 8, device=device, requires_grad=True), torch.randn(53, 8, device=device)
     ids = torch.randint(0, 53, (4, 40), device=device)
     mask = torch.zeros(4, 40, dtype=torch.bool, device=device)

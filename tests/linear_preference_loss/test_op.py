@@ -258,6 +258,16 @@ def test_a_shared_prompt_is_scored_from_one_row() -> None:
     torch.testing.assert_close(torch.autograd.grad(packed, hidden), torch.autograd.grad(padded, hidden))
 
 
+@pytest.mark.parametrize("spec", [SPECS[0], SPECS[-1], PreferenceSpec(("ipo", "sft"), ld_alpha=0.4)])
+def test_packed_rows_are_the_same_pairs(spec: PreferenceSpec) -> None:
+    case = PreferenceCase(spec, pairs=4, t=9, bias=True, lora=True, temperature="per_row", dtype=torch.float64)
+    padded, packed = (run(replace(case, packed=packed), torch.float64, "torch") for packed in (False, True))
+    for name in ("loss", "logprobs", "ref_logprobs"):
+        torch.testing.assert_close(packed[0][name], padded[0][name])
+    assert not torch.equal(packed[0]["token_logprobs"], padded[0]["token_logprobs"].flatten())  # in another order
+    torch.testing.assert_close(packed[1], padded[1])
+
+
 def test_sequence_logprobs_are_those_of_the_tokens() -> None:
     case = PreferenceCase(t=11, bias=True, temperature="per_row", poison=False)
     leaves = case.leaves()

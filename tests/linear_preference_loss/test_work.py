@@ -5,6 +5,7 @@ import torch
 
 from dppo_kernels import PREFERENCE_LOSSES, PreferenceSpec, linear_preference_loss
 from dppo_kernels._tiling import MIN_ROWS
+from dppo_kernels.linear_logprobs import group_design
 from dppo_kernels.linear_logprobs.groups import runs
 from dppo_kernels.linear_preference_loss import op
 from tests.census import GemmFlops, LargestTensor
@@ -63,7 +64,7 @@ def test_the_reference_costs_one_projection(workspace: int) -> None:
 
 def test_what_does_not_fit_is_projected_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pairs of 40 rows in two slots of 16: chunks 16, 16, 8, of which the first and the last are kept."""
-    monkeypatch.setattr(op, "TARGET_ROWS", {"cpu": 16})
+    monkeypatch.setattr(group_design, "TARGET_ROWS", {"cpu": 16})
     assert flops(workspace_bytes=32 * ROW) == pytest.approx(6 + 2 * 16 / 40)
     # Sorted pairs are one group of 120: all but the first and the last chunk are projected again.
     assert flops(spec=PreferenceSpec("aot"), workspace_bytes=32 * ROW) == pytest.approx(6 + 2 * (120 - 16 - 8) / 120)

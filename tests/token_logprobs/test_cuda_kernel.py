@@ -256,7 +256,7 @@ def check(case: KernelCase, out: dict[str, Tensor]) -> None:
 @example(case=replace(CASE, kind="ties", k=128, splits=5))
 @example(case=replace(CASE, kind="stairs", k=100, temperature=0.7))
 @example(case=replace(CASE, kind="few_finite", k=128, splits=3, vocab=300))
-@settings(max_examples=25)
+@settings(max_examples=60)
 def test_as_the_reference_says(launch: Launch, arena: Arena, case: KernelCase) -> None:
     check(case, launch_case(case, launch, arena))
 

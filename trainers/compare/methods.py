@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -53,7 +54,7 @@ class CountedReward:
 
 
 @dataclass
-class Run:
+class Run(ABC):
     """A method on a seed, between rounds.
 
     Args:
@@ -97,8 +98,9 @@ class Run:
         self.peak_memory = max((x for x in (self.peak_memory, read()) if x is not None), default=None)
         return logged
 
+    @abstractmethod
     def _round(self, index: int, reward: HierarchicalReward, tokens: int | None) -> dict[str, float | None]:
-        raise NotImplementedError
+        """`round`, with generators seeded and the clock running."""
 
     def _arguments(self, index: int, batch_size: int) -> dict[str, Any]:
         steps = self.config.steps_of(index)
