@@ -74,10 +74,11 @@ GRPO_TRAINER_ATTRIBUTES = (
 )
 
 # Of TRL's DPOTrainer: methods that are overridden, attributes that are read or set.
-DPO_TRAINER_METHODS = ("_compute_loss", "compute_ref_log_probs", "_save_checkpoint")
+DPO_TRAINER_METHODS = ("_compute_loss", "_precompute_ref_logps", "compute_ref_log_probs", "_save_checkpoint")
 DPO_TRAINER_ATTRIBUTES = (
     "_is_vlm",
     "_metrics",
+    "_precompute_model_hash",
     "_total_train_tokens",
     "_tp_size",
     "aux_loss_enabled",

@@ -98,6 +98,7 @@ class DPOTrainer(AtomicCheckpointMixin, StatLoggingMixin, TRLDPOTrainer):
     """
 
     data_collator: Any
+    _precompute_model_hash: Any
 
     def __init__(self, model: Any, ref_model: Any = None, args: Any = None, *rest: Any, **kwargs: Any) -> None:
         if args is None:
@@ -153,6 +154,16 @@ class DPOTrainer(AtomicCheckpointMixin, StatLoggingMixin, TRLDPOTrainer):
         with torch.no_grad(), checkpointing, adapter, self.accelerator.autocast():
             found = self._score(model, inputs, reference_of=self.spec).sequence_logprobs
         return found.chunk(2)
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        """Under a hash of all that the values depend on: TRL's cache, which runs share, tells models and datasets apart."""
+        models, args = self._precompute_model_hash, self.args
+        scored = (self.spec.ld_alpha, args.max_length, args.truncation_mode, self.accelerator.mixed_precision)
+        self._precompute_model_hash = ("dppo_kernels", models, *scored)
+        try:
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        finally:
+            self._precompute_model_hash = models
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         if self.precompute_ref_logps:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from peft import LoraConfig
 from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM
@@ -53,7 +53,8 @@ def make(tmp_path, model, tokenizer, pairs) -> Any:
             "disable_tqdm": True,
             "seed": 3,
         }
-        passed = {name: changes.pop(name) for name in ("peft_config", "eval_dataset", "compute_metrics") if name in changes}
+        names = ("peft_config", "train_dataset", "eval_dataset", "compute_metrics")
+        passed = {name: changes.pop(name) for name in names if name in changes}
         policy = changes.pop("model", None) or type(model).from_pretrained(folder)
         other = None
         if reference:
@@ -62,8 +63,7 @@ def make(tmp_path, model, tokenizer, pairs) -> Any:
             other.load_state_dict({name: x + 0.005 * torch.randn_like(x) for name, x in policy.state_dict().items()})
         args = config(**(settings | changes))
         torch.manual_seed(5)
-        data = {"train_dataset": pairs, "processing_class": tokenizer}
-        return trainer(policy, other, args, **data, **passed)
+        return trainer(policy, other, args, **{"train_dataset": pairs, "processing_class": tokenizer} | passed)
 
     return build
 
@@ -162,6 +162,26 @@ def test_the_first_step_is_log_2_and_the_boundary_of_prompts_counts(make) -> Non
         mask = (torch.arange(batch["input_ids"].shape[1]) >= starts).long() * batch["attention_mask"]
         wrong, _ = loss_and_gradient(other, {**batch, "completion_mask": mask})
         assert abs(wrong - right) > 1e-4
+
+
+def test_a_precomputed_reference_is_of_the_same_settings(make, pairs, tmp_path) -> None:
+    """TRL keeps it beside the dataset, for later runs with the same model: not for those that score something else."""
+    pairs.save_to_disk(tmp_path / "pairs")
+    common = {"reference": False, "precompute_ref_log_probs": True, "truncation_mode": "keep_end"}
+
+    def build(*kinds: type, **changes: Any) -> Any:
+        return make(*kinds, train_dataset=load_from_disk(tmp_path / "pairs"), **common, **{"max_length": 64, **changes})
+
+    build(TRLTrainer, TRLConfig)
+    for changes in ({}, {"ld_alpha": 0.0}, {"max_length": 6}, {"bf16": True}):
+        trainer = build(**changes)
+        batch = next(iter(trainer.get_train_dataloader()))
+        with trainer.accelerator.autocast():
+            loss, _ = loss_and_gradient(trainer, batch)
+        assert loss.item() == pytest.approx(math.log(2), abs=2e-4 if "bf16" in changes else 1e-7), changes
+    files = sorted((tmp_path / "pairs").glob("cache-*"))
+    build(ld_alpha=0.0)
+    assert sorted((tmp_path / "pairs").glob("cache-*")) == files  # found again
 
 
 TRAININGS = {
