@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
+from accelerate.utils import is_peft_model, parse_flag_from_env
 from torch import Tensor
 
 from dppo_kernels import PreferenceSpec, Stat, _checks
@@ -23,6 +23,7 @@ logger = get_logger(__name__)
 # Losses that TRL does not have, and those of TRL that take the same settings: its constructor sees these.
 _OWN_LOSSES = {"sigmoid_smoothed": "sigmoid", "ipo_sum": "ipo"}
 _SMOOTHED = {"sigmoid_smoothed", "robust", "exo_pair", "aot", "aot_unpaired"}
+_SHARDED = "FSDP and DeepSpeed are not supported yet: run on one process or with DDP"
 
 # Logged name -> (stat, how it is read): TRL's names.
 METRICS = {
@@ -61,6 +62,9 @@ class DPOConfig(TRLDPOConfig):
     def __post_init__(self) -> None:
         if self.padding_free:
             raise ValueError("`padding_free`=True would be ignored by DPO, in TRL as well: leave it at False")
+        launched = any(parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED"))
+        if self.fsdp or self.deepspeed or launched:
+            raise ValueError(_SHARDED)
         _checks.check_workspace_bytes(self.workspace_bytes)
         super().__post_init__()
         spec = self.preference_spec()
@@ -90,8 +94,9 @@ class DPOTrainer(AtomicCheckpointMixin, StatLoggingMixin, TRLDPOTrainer):
     """TRL's DPOTrainer whose loss is computed from hidden states, inside the model's forward, with its gradient.
 
     Takes TRL's arguments; `args` is a `DPOConfig`. Losses, gradients and metrics are TRL's up to rounding (metrics are means
-    over all pairs or tokens of a logging window). Only tokens of completions enter the head's GEMMs, and the loss of the first
-    step is exactly log 2 (of "sigmoid"): policy and reference are scored by the same operations.
+    over all pairs or tokens of a logging window). Only tokens of completions enter the head's GEMMs. Policy and reference are
+    scored by the same operations: the loss of the first step is exactly log 2 (of "sigmoid"), and log 2 up to rounding where
+    the reference was precomputed, in other batches.
 
     Raises:
         TypeError, ValueError: a model or setting that cannot be trained correctly, with the reason.
@@ -130,7 +135,7 @@ class DPOTrainer(AtomicCheckpointMixin, StatLoggingMixin, TRLDPOTrainer):
         if self._is_vlm:
             raise ValueError("vision-language models are not supported yet: pass a text model and tokenizer")
         if self.is_fsdp_enabled or self.accelerator.distributed_type == "DEEPSPEED":
-            raise ValueError("FSDP and DeepSpeed are not supported yet: run on one process or with DDP")
+            raise ValueError(_SHARDED)
         if is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning:
             raise ValueError("prompt-learning PEFT (prompt, prefix, p-tuning) is not supported: use LoRA or another adapter")
 
