@@ -1,16 +1,19 @@
 """DPOTrainer against TRL's own on the same batches: every loss, its gradient, metrics, training; what it refuses."""
 
+import copy
 import functools
 import json
 import math
+import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset, load_from_disk
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import DPOConfig as TRLConfig
 from trl import DPOTrainer as TRLTrainer
 
@@ -76,6 +79,43 @@ def loss_and_gradient(trainer: Any, batch: dict[str, Tensor]) -> tuple[Tensor, l
     return loss.detach(), [p.grad.clone() for p in trainer.model.parameters() if p.grad is not None]
 
 
+def random_batch(seed: int, vocab: int, pairs: int = 4) -> dict[str, Tensor]:
+    """Tokens of pairs with prompts and completions of any length, padded as TRL's collator does."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = functools.partial(torch.randint, generator=generator)
+    prompts, completions = draw(1, 8, (pairs,)).repeat(2)[:, None], draw(1, 9, (2 * pairs, 1))
+    place = torch.arange(int((prompts + completions).max()))
+    ids = draw(8, vocab, (2 * pairs, len(place)))
+    ids[pairs:] = torch.where(place < prompts[pairs:], ids[:pairs], ids[pairs:])
+    attention = (place < prompts + completions).long()
+    return {"input_ids": ids * attention, "attention_mask": attention, "completion_mask": attention * (place >= prompts)}
+
+
+def disturb(trainers: Sequence[Any], noise: float) -> None:
+    """Give all of them one reference: the first one's policy with noise."""
+    generator = torch.Generator().manual_seed(11)
+    state = trainers[0].model.state_dict()
+    state = {name: x + noise * torch.randn(x.shape, generator=generator) for name, x in state.items()}
+    for trainer in trainers:
+        trainer.ref_model.load_state_dict(state)
+
+
+def exact(model: Any) -> Any:
+    """In float64, and with nothing that a trainer put into its forward."""
+    copied = type(model)(model.config).double()
+    copied.load_state_dict(model.state_dict())
+    return copied
+
+
+def completion_logprobs(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """By hand: of the tokens of completions, 0 elsewhere, and the logarithm of the chance that two draws there are the same."""
+    plain = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    logprobs = model(**plain).logits[:, :-1].log_softmax(-1)
+    own = logprobs.gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
+    mask = batch["completion_mask"][:, 1:]
+    return own * mask, (2 * logprobs).logsumexp(-1) * mask
+
+
 def follow(ours: Any, theirs: Any, **changes: Any) -> None:
     """Give both trainers one loss."""
     spec = PreferenceSpec(**{"beta": 0.3, "label_smoothing": 0.1, **changes})
@@ -103,29 +143,89 @@ ACCEPTED = [
 TRL_CANNOT_WEIGH = ("hinge", "sft")
 
 
+NEAR, FAR = 0.004, 0.5  # noise of the reference's weights: log-ratios of about 1/2, and of tens
+
+
+def agree(ours: Any, theirs: Any, changes: dict[str, Any], seed: int, noise: float) -> None:
+    """On loss and gradient, of a random batch."""
+    follow(ours, theirs, **changes)
+    named = functools.partial("{}: {}".format, changes)
+    batch = random_batch(seed, ours.model.config.vocab_size)
+    assert len(set(batch["completion_mask"].sum(1).tolist())) > 1
+    disturb((ours, theirs), noise)
+    loss, grads = loss_and_gradient(ours, batch)
+    assert max(g.abs().max() for g in grads) > (1e-4 if noise == NEAR else 0), changes
+    if changes.get("use_weighting") and changes["loss_type"] in TRL_CANNOT_WEIGH:
+        with pytest.raises(RuntimeError):
+            loss_and_gradient(theirs, batch)
+        return
+    expected, expected_grads = loss_and_gradient(theirs, batch)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6, msg=named)
+    # The slope of "discopop" changes by 1 / tau = 20 where that of the others changes by 1.
+    steep = 1e-4 if "discopop" in changes["loss_type"] else 1e-5
+    scale = max(1.0, *(g.abs().max().item() for g in expected_grads))
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-5, atol=steep * scale, msg=named)
+
+
 @pytest.mark.parametrize("weighting", [False, True])
 def test_every_combination_that_trl_accepts(make, weighting: bool) -> None:
     ours, theirs = make(), make(TRLTrainer, TRLConfig, use_weighting=weighting)
-    theirs.ref_model.load_state_dict(ours.ref_model.state_dict())
-    batch = next(iter(ours.get_train_dataloader()))
-    assert len(set(batch["completion_mask"].sum(1).tolist())) > 1
-    for changes in ACCEPTED:
-        if changes.get("use_weighting", False) != weighting:
-            continue
-        follow(ours, theirs, **changes)
-        named = functools.partial("{}: {}".format, changes)
-        loss, grads = loss_and_gradient(ours, batch)
-        assert max(g.abs().max() for g in grads) > 0, changes
-        if weighting and changes["loss_type"] in TRL_CANNOT_WEIGH:
-            with pytest.raises(RuntimeError):
-                loss_and_gradient(theirs, batch)
-            continue
-        expected, expected_grads = loss_and_gradient(theirs, batch)
-        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6, msg=named)
-        # The slope of "discopop" changes by 1 / tau = 20 where that of the others changes by 1.
-        steep = 1e-4 if changes["loss_type"] == "discopop" else 1e-5
-        scale = max(1.0, *(g.abs().max().item() for g in expected_grads))
-        torch.testing.assert_close(grads, expected_grads, rtol=1e-5, atol=steep * scale, msg=named)
+    for seed, changes in enumerate(ACCEPTED):
+        if changes.get("use_weighting", False) == weighting:
+            agree(ours, theirs, changes, seed, NEAR)
+            if changes.get("f_divergence_type") not in ("forward_kl", "alpha_divergence"):  # exponentials of log-ratios
+                agree(ours, theirs, changes, seed + 100, FAR)
+
+
+def random_options(draw: random.Random) -> dict[str, Any]:
+    """A mixture of losses and all that may change it."""
+    weighting, kind = draw.random() < 0.4, draw.choice(F_DIVERGENCES)
+    names = OF_DIFFERENCES if kind != "reverse_kl" else (*OF_DIFFERENCES, *OTHERS)
+    names = [name for name in names if not (weighting and name in (*TRL_CANNOT_WEIGH, "aot", "aot_unpaired"))]
+    mixture = tuple(draw.sample(names, draw.randint(1, 3)))
+    return {
+        "loss_type": mixture,
+        "loss_weights": draw.choice([None, tuple(round(draw.uniform(0.1, 2), 3) for _ in mixture)]),
+        "f_divergence_type": kind,
+        "f_alpha_divergence_coef": draw.choice([0.3, 0.5, 1.0, 2.0]),
+        "ld_alpha": draw.choice([None, 0.0, 0.3, 1.0]),
+        "beta": draw.choice([0.05, 0.1, 0.3]),
+        "label_smoothing": draw.choice([0.01, 0.1, 0.3]),
+        "use_weighting": weighting,
+    }
+
+
+def test_random_products_of_options(make) -> None:
+    ours, theirs = make(), make(TRLTrainer, TRLConfig, use_weighting=True)
+    draw = random.Random(0)
+    for seed in range(24):
+        agree(ours, theirs, random_options(draw), seed, NEAR)
+
+
+@pytest.mark.parametrize("name", TRL_CANNOT_WEIGH)
+def test_weighted_losses_by_hand(make, name: str) -> None:
+    """Where TRL fails: loss and gradient in float64."""
+    trainer = make(loss_type=name, beta=0.3, use_weighting=True)
+    disturb([trainer], 0.02)
+    batch = random_batch(1, trainer.model.config.vocab_size)
+    policy = exact(trainer.model)
+    logprobs, squares = completion_logprobs(policy, batch)
+    reference, _ = completion_logprobs(exact(trainer.ref_model), batch)
+    lengths = batch["completion_mask"].sum(1)
+    weights = ((logprobs - squares).sum(1) / lengths).exp().detach()
+    chosen, rejected = (logprobs - reference).sum(1).chunk(2)
+    if name == "hinge":
+        losses = (1 - 0.3 * (chosen - rejected)).clamp(min=0)
+        assert 0 < (losses > 0).sum() < len(losses)  # its kink is between them
+    else:
+        losses = -logprobs[: len(chosen)].sum() / lengths[: len(chosen)].sum()
+    expected = (losses * weights[: len(chosen)] * weights[len(chosen) :]).mean()
+    expected.backward()
+    trainer.model.double()
+    trainer.ref_model.double()
+    loss, grads = loss_and_gradient(trainer, batch)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(grads, [p.grad for p in policy.parameters()], rtol=1e-9, atol=1e-12)
 
 
 def test_the_others_are_refused_with_the_same_kind_of_error(make) -> None:
@@ -182,6 +282,21 @@ def test_a_precomputed_reference_is_of_the_same_settings(make, pairs, tmp_path) 
     files = sorted((tmp_path / "pairs").glob("cache-*"))
     build(ld_alpha=0.0)
     assert sorted((tmp_path / "pairs").glob("cache-*")) == files  # found again
+
+
+def test_log_probs_are_of_completions_alone(make, pairs, tokenizer) -> None:
+    """Sums by hand, of texts: from the first token behind the prompt to the end token."""
+    trainer = make()
+    rows = range(5)
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in rows])
+    found = torch.cat(trainer.compute_ref_log_probs(trainer.ref_model, batch))
+    reference, expected = exact(trainer.ref_model), []
+    for side in ("chosen", "rejected"):
+        for pair in map(pairs.__getitem__, rows):
+            start, ids = (tokenizer(text)["input_ids"] for text in (pair["prompt"], pair["prompt"] + pair[side] + "<eos>"))
+            logprobs = reference(torch.tensor([ids])).logits[0].log_softmax(-1)
+            expected.append(sum(logprobs[place - 1, ids[place]].item() for place in range(len(start), len(ids))))
+    assert found.tolist() == pytest.approx(expected, abs=1e-5)
 
 
 TRAININGS = {
@@ -278,6 +393,56 @@ def test_lora_trains_and_its_reference_is_the_base(make) -> None:
         assert torch.equal(a, start[name]) == ("lora" not in name)
 
 
+def test_a_trained_adapter_is_its_own_reference(make, model) -> None:
+    """TRL keeps a copy of it, under a name of its own: the base alone is another model."""
+    base = exact(model)
+    torch.manual_seed(2)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    ours = make(model=copy.deepcopy(adapted), reference=False)
+    theirs = make(TRLTrainer, TRLConfig, model=adapted, reference=False)
+    batch = next(iter(ours.get_train_dataloader()))
+    for trainer in (ours, theirs):
+        trainer.train()
+    assert history(ours, "loss")[0] == pytest.approx(math.log(2), abs=1e-7)
+    assert history(ours, "loss") == pytest.approx(history(theirs, "loss"), rel=2e-5)
+    moved = 0
+    for (name, a), b in zip(ours.model.named_parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6)
+        copied = ours.model.get_parameter(name.replace(".default.", ".ref."))
+        moved += not torch.equal(a, copied)
+    assert moved > 0
+    reference = torch.cat(ours.compute_ref_log_probs(ours.model, batch))
+    assert (reference - completion_logprobs(base, batch)[0].sum(1)).abs().max() > 0.1
+
+
+EXPERTS = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "moe_intermediate_size": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "router_aux_loss_coef": 0.5,
+}
+
+
+def test_mixtures_of_experts_balance_their_load(make, tokenizer) -> None:
+    runs = []
+    for kinds in ((DPOTrainer, DPOConfig), (TRLTrainer, TRLConfig)):
+        torch.manual_seed(0)
+        config = Qwen3MoeConfig(**EXPERTS, head_dim=16, vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1)
+        trainer = make(*kinds, model=Qwen3MoeForCausalLM(config), max_steps=2)
+        trainer.train()
+        runs.append(trainer)
+    ours, theirs = runs
+    torch.testing.assert_close(weights(ours), weights(theirs), rtol=1e-5, atol=2e-6)
+    for name in ("aux_loss", "loss", "grad_norm"):
+        assert history(ours, name) == pytest.approx(history(theirs, name), rel=2e-5), name
+    assert all(value > 1 for value in history(ours, "aux_loss"))
+    assert history(ours, "loss")[0] > 0.5 * history(ours, "aux_loss")[0]
+
+
 def test_soft_capped_tied_heads(make, tokenizer) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes |= {"num_key_value_heads": 1, "head_dim": 16, "vocab_size": len(tokenizer), "final_logit_softcapping": 3.0}
@@ -346,12 +511,40 @@ def test_lengths_are_of_scored_tokens(make) -> None:
         ({"workspace_bytes": -1}, ValueError, "`workspace_bytes` must be an int >= 0"),
         ({"loss_type": "dpo"}, ValueError, "`loss_type` must be one of"),
         ({"beta": 0.0}, ValueError, "`beta` must be positive"),
+        ({"fsdp": "full_shard"}, ValueError, "FSDP and DeepSpeed are not supported yet"),
+        ({"deepspeed": {"zero_stage": 2}}, ValueError, "FSDP and DeepSpeed are not supported yet"),
+        ({"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)}, ValueError, "prompt-learning PEFT"),
         ({"config": TRLConfig}, TypeError, "`args` must be a DPOConfig of dppo_kernels, got DPOConfig"),
     ],
 )
 def test_refused(make, changes: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make(**changes)
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_what_accelerate_launches_is_refused_as_options_are(monkeypatch, name: str) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(ValueError, match="FSDP and DeepSpeed are not supported yet"):
+        DPOConfig(use_cpu=True, bf16=False)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [
+        ("_is_vlm", True, "vision-language models are not supported"),
+        ("is_fsdp_enabled", True, "FSDP and DeepSpeed are not supported"),
+        ("distributed_type", "DEEPSPEED", "FSDP and DeepSpeed are not supported"),
+    ],
+)
+def test_refusals_of_what_this_machine_cannot_build(make, monkeypatch, attribute: str, value: Any, message: str) -> None:
+    trainer = make(reference=False)
+    if attribute == "distributed_type":  # a property of its state
+        monkeypatch.setattr(type(trainer.accelerator), attribute, property(lambda self: value))
+    else:
+        monkeypatch.setattr(trainer, attribute, value)
+    with pytest.raises(ValueError, match=message):
+        trainer._check_setup()
 
 
 def test_ignored_label_smoothing_warns(make, caplog) -> None:
