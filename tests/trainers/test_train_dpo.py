@@ -81,6 +81,26 @@ def test_sources_of_pairs(pairs, tmp_path) -> None:
         load_preferences(str(half))
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         load_preferences("./nowhere.parquet")
+    for name in ("image", "images"):
+        seen = tmp_path / f"{name}.parquet"
+        Dataset.from_dict({"prompt": ["a"], "chosen": ["b"], "rejected": ["c"], name: [["x.png"]]}).to_parquet(str(seen))
+        with pytest.raises(ValueError, match=f"has a column '{name}': pairs with images are not supported"):
+            load_preferences(str(seen))
+
+
+@pytest.mark.parametrize(
+    ("limit", "error", "message"),
+    [
+        (-1, ValueError, "`limit` must be an int >= 1, got -1"),
+        (0, ValueError, "`limit` must be an int >= 1, got 0"),
+        (True, TypeError, "`limit` must be an int or None, got bool"),
+        ("3", TypeError, "`limit` must be an int or None, got str"),
+    ],
+)
+def test_limits_are_those_of_prompts(limit, error: type[Exception], message: str) -> None:
+    for source in ("./nowhere.parquet", "addition:16"):
+        with pytest.raises(error, match=message):
+            load_preferences(source, limit=limit)
 
 
 @pytest.mark.parametrize(
