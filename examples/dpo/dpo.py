@@ -9,6 +9,7 @@ dppo_kernels.trainers.cli train dpo --dataset_name pairs.parquet ...`.
 
 from dataclasses import dataclass
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from dppo_kernels.trainers import DPOConfig, DPOTrainer, PairsConfig, make_pairs
@@ -32,13 +33,16 @@ def main() -> DPOTrainer:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_path)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(arguments.model_path)
+    # Not in the checkpoint's dtype: small steps are lost in bf16 (`--bf16` computes in it).
+    model = AutoModelForCausalLM.from_pretrained(arguments.model_path, dtype=torch.float32).to(config.device)
     prompts = load_prompts(arguments.dataset_name, with_answers=False)
     making = PairsConfig(
         max_completion_length=arguments.max_completion_length, output_file=f"{config.output_dir}/pairs.parquet"
     )
     pairs, statistics = make_pairs(model, tokenizer, prompts, brevity, making)
     print(statistics.summary())
+    if not statistics.pairs:
+        raise SystemExit(f"no prompt of {arguments.dataset_name} gave a pair: see the statistics above")
     pairs = pairs.select_columns(["prompt", "chosen", "rejected"])
     trainer = DPOTrainer(model, None, config, train_dataset=pairs, processing_class=tokenizer)
     trainer.train()

@@ -11,6 +11,7 @@ kept in step by DistributedDataParallel). `dppo train decoupled-ppo` does the sa
 
 from dataclasses import dataclass
 
+import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
 
 from dppo_kernels.trainers import DecoupledPPOConfig, DecoupledPPOTrainer
@@ -30,11 +31,13 @@ def main() -> DecoupledPPOTrainer:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    options = {"dtype": torch.float32}  # not the checkpoint's: small steps are lost in bf16 (`--bf16` computes in it)
+    policy, scorer = arguments.model_name_or_path, arguments.reward_model_path
     trainer = DecoupledPPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path),
-        ref_model=AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path),
-        reward_model=AutoModelForSequenceClassification.from_pretrained(arguments.reward_model_path, num_labels=1),
-        value_model=AutoModelForSequenceClassification.from_pretrained(arguments.reward_model_path, num_labels=1),
+        model=AutoModelForCausalLM.from_pretrained(policy, **options),
+        ref_model=AutoModelForCausalLM.from_pretrained(policy, **options),
+        reward_model=AutoModelForSequenceClassification.from_pretrained(scorer, num_labels=1, **options),
+        value_model=AutoModelForSequenceClassification.from_pretrained(scorer, num_labels=1, **options),
         args=config,
         train_dataset=load_prompts(arguments.dataset_name, split=arguments.dataset_train_split, with_answers=False),
         processing_class=tokenizer,

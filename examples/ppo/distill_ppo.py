@@ -46,10 +46,11 @@ def main() -> DistillPPOTrainer:
     tokenizer = AutoTokenizer.from_pretrained(arguments.student_path)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    options = {"dtype": torch.float32}  # not the checkpoint's: small steps are lost in bf16 (`--bf16` computes in it)
     trainer = MyTrainer(
-        teacher=AutoModelForCausalLM.from_pretrained(arguments.teacher_path),
-        student=AutoModelForCausalLM.from_pretrained(arguments.student_path),
-        reward_model=AutoModelForSequenceClassification.from_pretrained(arguments.reward_model_path, num_labels=1),
+        teacher=AutoModelForCausalLM.from_pretrained(arguments.teacher_path, **options),
+        student=AutoModelForCausalLM.from_pretrained(arguments.student_path, **options),
+        reward_model=AutoModelForSequenceClassification.from_pretrained(arguments.reward_model_path, num_labels=1, **options),
         config=config,
         train_dataset=load_prompts(arguments.dataset_name, with_answers=False),
         processing_class=tokenizer,

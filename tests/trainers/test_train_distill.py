@@ -6,6 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import torch
 from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 
 from dppo_kernels import DISTILL_KINDS
@@ -77,7 +78,7 @@ def test_the_example_script(tmp_path, monkeypatch, tokenizer) -> None:
     student = Qwen3ForCausalLM(conftest.small_config(len(tokenizer)))
     models = {"student": student, "teacher": teacher_model(len(tokenizer)), "reward": reward_model(len(tokenizer))}
     for name, model in models.items():
-        model.save_pretrained(tmp_path / name)
+        model.bfloat16().save_pretrained(tmp_path / name)  # as checkpoints are published
         tokenizer.save_pretrained(tmp_path / name)
     (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "{i}+1="}}\n' for i in range(16)))
     script = ROOT / "examples" / "ppo" / "distill_ppo.py"
@@ -99,6 +100,7 @@ def test_the_example_script(tmp_path, monkeypatch, tokenizer) -> None:
     monkeypatch.setattr(sys, "argv", [str(script), *arguments])
     trainer = runpy.run_path(str(script))["main"]()
     assert trainer.state.global_step == 8
+    assert {p.dtype for model in (trainer.model, trainer.value_model) for p in model.parameters()} == {torch.float32}
     assert tuple(trainer.optimizer.param_groups[0]["betas"]) == (0.9, 0.95)
     [raw] = conftest.history(trainer, "objective/raw_scores")  # before their logarithms
     assert 0 < abs(trainer.score_processor.moments.mean) < abs(raw)

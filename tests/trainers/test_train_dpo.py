@@ -4,9 +4,12 @@ import dataclasses
 import re
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
@@ -136,23 +139,30 @@ def test_runs_that_cannot_be(changes: dict[str, str], message: str, tmp_path, pa
         train_dpo(["--model_name_or_path", "offline", "--output_dir", str(tmp_path), *CPU, *flags])
 
 
-def test_the_example_trains(tmp_path, model, tokenizer, monkeypatch) -> None:
-    model.save_pretrained(tmp_path / "model")
+@pytest.fixture
+def example(tmp_path, model, tokenizer, monkeypatch) -> Callable[..., Any]:
+    """Runs the script on a model as checkpoints are published."""
+    model.bfloat16().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     Dataset.from_dict({"prompt": [f"{a}+1=" for a in range(12)]}).to_json(tmp_path / "prompts.jsonl")
-    arguments = [
-        "--model_path",
-        tmp_path / "model",
-        "--dataset_name",
-        tmp_path / "prompts.jsonl",
-        "--output_dir",
-        tmp_path / "out",
-    ]
+    paths = {"model_path": "model", "dataset_name": "prompts.jsonl", "output_dir": "out"}
+    arguments = [part for name, path in paths.items() for part in (f"--{name}", str(tmp_path / path))]
     settings = [*CPU, "--max_steps", "2", "--gradient_checkpointing", "false", "--max_completion_length", "6"]
-    monkeypatch.setattr(sys, "argv", ["dpo.py", *map(str, arguments), *settings])
-    trainer = runpy.run_path(str(ROOT / "examples" / "dpo" / "dpo.py"))["main"]()
+    monkeypatch.setattr(sys, "argv", ["dpo.py", *arguments, *settings])
+    return runpy.run_path(str(ROOT / "examples" / "dpo" / "dpo.py"))["main"]
+
+
+def test_the_example_trains(example, tmp_path) -> None:
+    trainer = example()
     assert trainer.state.global_step == 2
     assert (tmp_path / "out" / "model.safetensors").exists()
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}  # an update of 1e-6 is none in bf16
+
+
+def test_the_example_stops_where_no_completion_is_better(example, monkeypatch) -> None:
+    monkeypatch.setitem(example.__globals__, "brevity", lambda completions, **columns: [0.0] * len(completions))
+    with pytest.raises(SystemExit, match=r"no prompt of .*prompts.jsonl gave a pair"):
+        example()
 
 
 def test_options_that_the_document_names_exist() -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, Qwen3ForCausalLM
 
 from dppo_kernels.estimators import KL_ESTIMATORS
@@ -71,7 +72,7 @@ def test_the_example_script(tmp_path, monkeypatch, tokenizer) -> None:
     """As its first lines say, with models made here; only a reward model scores."""
     policy = Qwen3ForCausalLM(conftest.small_config(len(tokenizer)))
     for name, model in {"policy": policy, "reward": reward_model(len(tokenizer))}.items():
-        model.save_pretrained(tmp_path / name)
+        model.bfloat16().save_pretrained(tmp_path / name)  # as checkpoints are published
         tokenizer.save_pretrained(tmp_path / name)
     (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "{i}+1="}}\n' for i in range(16)))
     script = ROOT / "examples" / "ppo" / "decoupled_ppo.py"
@@ -93,6 +94,7 @@ def test_the_example_script(tmp_path, monkeypatch, tokenizer) -> None:
     trainer = runpy.run_path(str(script))["main"]()
     assert trainer.state.global_step == 4
     assert trainer.value_model.pooled
+    assert {p.dtype for model in (trainer.model, trainer.value_model) for p in model.parameters()} == {torch.float32}
     assert (tmp_path / "out" / "value_model" / "model.safetensors").is_file()
     arguments = [
         "train",
