@@ -168,12 +168,18 @@ def train(algorithm: str, arguments: Sequence[str]) -> Any:
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(config.output_dir)
     accuracy = [entry[EVAL_ACCURACY] for entry in trainer.state.log_history if EVAL_ACCURACY in entry]
-    if len(accuracy) > 1:
-        trainer.accelerator.print(f"held-out answers that are right: {accuracy[0]:.1%} first, {accuracy[-1]:.1%} last")
-    trainer.accelerator.print(f"model    {config.output_dir}")
-    if "tensorboard" in config.report_to:
-        trainer.accelerator.print(f"curves   tensorboard --logdir {config.output_dir}")
+    say_results(trainer, "held-out answers that are right", accuracy, ".1%")
     return trainer
+
+
+def say_results(trainer: Any, measured: str, values: Sequence[float], form: str) -> None:
+    """The first and the last value of what was measured, and where model and curves are."""
+    say, folder = trainer.accelerator.print, trainer.args.output_dir
+    if len(values) > 1:
+        say(f"{measured}: {values[0]:{form}} first, {values[-1]:{form}} last")
+    say(f"model    {folder}")
+    if "tensorboard" in trainer.args.report_to:
+        say(f"curves   tensorboard --logdir {folder}")
 
 
 def init_arguments(model: ModelConfig) -> dict[str, Any]:

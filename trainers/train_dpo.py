@@ -1,26 +1,37 @@
 """``dppo train dpo``: DPO on preference pairs, from a dataset that has them or made of prompts and a reward first."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from dppo_kernels import _checks
 from dppo_kernels.trainers._trl_seam import create_model_from_path
-from dppo_kernels.trainers.arguments import NO_REWARD, ArgumentParser, DataArguments, as_chat, shipped_configs
+from dppo_kernels.trainers.arguments import (
+    MATH_REWARD,
+    NO_REWARD,
+    ArgumentParser,
+    DataArguments,
+    as_chat,
+    shipped_configs,
+)
 from dppo_kernels.trainers.data import load_preferences, split_problems
 from dppo_kernels.trainers.demo.offline import OFFLINE_MODEL, WARMUP_STEPS
 from dppo_kernels.trainers.dpo import DPOConfig, DPOTrainer
 from dppo_kernels.trainers.pairs import make_pairs
 from dppo_kernels.trainers.pairs_config import PairsConfig
-from dppo_kernels.trainers.train import init_arguments, offline_model, parse_with_config, resume_from
+from dppo_kernels.trainers.train import init_arguments, offline_model, parse_with_config, resume_from, say_results
 
 MEASURED_SAMPLES = 4  # of each prompt that is held out
+_HELP = {option.name: option.metadata for option in fields(PairsConfig)}
+_OF_PROMPTS = ("as_chat", "prompt_template", "answer_column", "without_answers")
+_OF_THE_REFERENCE = ("ref_model_path", "ref_model_revision")  # which pairs do not depend on
 
 
 @dataclass
@@ -33,40 +44,56 @@ class DPOTrainArguments(DataArguments):
     Args:
         eval_size: hold out so many pairs; or so many prompts, whose completions are scored before and after.
         ref_model_path: the reference. Default: the model that training starts from.
+        ref_model_revision: of a hub id. Default: main.
+        without_answers: read no gold answers, for rewards that need none.
         offline_warmup_steps: supervised steps of the model that `model_name_or_path: offline` makes.
         pair_temperatures: one completion of each prompt at each.
         pair_samples_per_temperature: completions at each temperature.
         pair_min_gap: rewards of a pair are further apart.
-        pair_max_completion_length: tokens of a completion, its end included. Needed where pairs are made.
+        pair_max_completion_length: tokens of a completion, its end included. Where pairs are made, this is needed, or the next:
+        pair_budget_file: reference texts, one a line: the longest in tokens and an end token are the budget of completions.
+        pair_drop_truncated: leave out completions that this budget ended.
         pair_batch_size: prompts at a time.
     """
 
     eval_size: int = field(default=0, metadata={"help": "Hold out so many pairs or prompts."})
     ref_model_path: str | None = field(default=None, metadata={"help": "The reference (default: the model at first)."})
+    ref_model_revision: str | None = field(default=None, metadata={"help": "Of a hub id (default: main)."})
+    without_answers: bool = field(default=False, metadata={"help": "Read no gold answers, for rewards that need none."})
     offline_warmup_steps: int = field(default=WARMUP_STEPS, metadata={"help": "Of the model 'offline': supervised steps."})
-    pair_temperatures: list[float] = field(
-        default_factory=lambda: [0.6, 0.8, 1.0, 1.2], metadata={"help": "One completion of each prompt at each."}
+    pair_temperatures: list[float] = field(default_factory=lambda: PairsConfig().temperatures, metadata=_HELP["temperatures"])
+    pair_samples_per_temperature: int = field(
+        default=PairsConfig.samples_per_temperature, metadata=_HELP["samples_per_temperature"]
     )
-    pair_samples_per_temperature: int = field(default=1, metadata={"help": "Completions at each temperature."})
-    pair_min_gap: float = field(default=0.01, metadata={"help": "Rewards of a pair are further apart."})
-    pair_max_completion_length: int | None = field(default=None, metadata={"help": "Tokens of a completion."})
-    pair_batch_size: int = field(default=64, metadata={"help": "Prompts at a time."})
+    pair_min_gap: float = field(default=PairsConfig.min_gap, metadata=_HELP["min_gap"])
+    pair_max_completion_length: int | None = field(
+        default=PairsConfig.max_completion_length, metadata=_HELP["max_completion_length"]
+    )
+    pair_budget_file: str | None = field(default=None, metadata={"help": "Reference texts, one a line."})
+    pair_drop_truncated: bool = field(default=PairsConfig.drop_truncated, metadata=_HELP["drop_truncated"])
+    pair_batch_size: int = field(default=64, metadata=_HELP["batch_size"])
 
     def __post_init__(self) -> None:
         _checks.check_count("eval_size", self.eval_size, least=0)
         _checks.check_count("offline_warmup_steps", self.offline_warmup_steps)
+        if self.ref_model_revision is not None and self.ref_model_path is None:
+            raise ValueError(f"`ref_model_revision`={self.ref_model_revision!r} is of a `ref_model_path`, and there is none")
+        if self.pair_budget_file is not None:
+            if self.pair_max_completion_length is not None:
+                raise ValueError("one of `pair_max_completion_length` and `pair_budget_file` can be given, got both")
+            if not Path(self.pair_budget_file).is_file():
+                raise ValueError(f"`pair_budget_file` {self.pair_budget_file!r}: no such file")
         self.pairs_config()
 
     def pairs_config(self, **changes: Any) -> PairsConfig:
         """How pairs are made."""
-        return PairsConfig(
-            temperatures=self.pair_temperatures,
-            samples_per_temperature=self.pair_samples_per_temperature,
-            min_gap=self.pair_min_gap,
-            max_completion_length=self.pair_max_completion_length,
-            batch_size=self.pair_batch_size,
-            **changes,
-        )
+        own = {name.removeprefix("pair_"): value for name, value in vars(self).items() if name.startswith("pair_")}
+        del own["budget_file"]
+        return PairsConfig(**own, **changes)
+
+    def budget_texts(self) -> list[str] | None:
+        """The lines of `pair_budget_file`."""
+        return None if self.pair_budget_file is None else Path(self.pair_budget_file).read_text().splitlines()
 
 
 def parse(arguments: Sequence[str]) -> tuple[DPOTrainArguments, DPOConfig, ModelConfig]:
@@ -79,6 +106,9 @@ def parse(arguments: Sequence[str]) -> tuple[DPOTrainArguments, DPOConfig, Model
         parser.error("--model_name_or_path is needed: a folder, a hub id or 'offline'")
     if NO_REWARD in data.reward_funcs:
         parser.error(f"--reward_funcs {NO_REWARD}: where pairs are made, they are chosen by a reward")
+    for user in (MATH_REWARD, OFFLINE_MODEL):
+        if data.without_answers and user in (*data.reward_funcs, model.model_name_or_path):
+            parser.error(f"--without_answers: {user} needs them")
     return data, config, model
 
 
@@ -87,85 +117,127 @@ def train_dpo(arguments: Sequence[str]) -> DPOTrainer:
     data, config, model_args = parse(arguments)
     resume = resume_from(config.resume_from_checkpoint)
     config.model_init_kwargs = {**init_arguments(model_args), **(config.model_init_kwargs or {})}
+    quantization = get_quantization_config(model_args)
     with config.main_process_first(desc="loading pairs"):
         pairs = load_preferences(
             data.dataset_name, config=data.dataset_config, split=data.dataset_train_split, limit=data.dataset_limit
         )
-    model, held_out, measure = model_args.model_name_or_path, None, None
-    if pairs is not None:
-        if model == OFFLINE_MODEL:
-            raise ValueError("`model_name_or_path`='offline' is for generated sets: a dataset of pairs needs a model")
-        for name in ("as_chat", "prompt_template", "answer_column"):
-            if getattr(data, name):
-                raise ValueError(f"`{name}`={getattr(data, name)!r} is of prompts: {data.dataset_name!r} holds pairs")
-        if data.eval_size:
-            parts = pairs.train_test_split(data.eval_size, seed=config.seed)
-            pairs, held_out = parts["train"], parts["test"]
-    else:
-        model, pairs, measure = _pairs_of_prompts(data, config, model, resume)
-    if config.eval_strategy != "no" and held_out is None:
-        raise ValueError(f"`eval_strategy`={config.eval_strategy.value!r} needs a dataset of pairs and an `eval_size`")
-    if config.eval_strategy == "no" and held_out is not None:
-        raise ValueError(f"`eval_size`={data.eval_size} takes pairs out of training: it needs an `eval_strategy`")
+    model = model_args.model_name_or_path
+    _check(data, config, model, holds_pairs=pairs is not None)
+    reference, held_out, measure = None, None, None
+    if data.ref_model_path is not None:
+        reference = _load(data.ref_model_path, config, quantization, revision=data.ref_model_revision or "main")
+    if pairs is None:
+        model, pairs, measure = _pairs_of_prompts(data, config, model, quantization, resume)
+    elif data.eval_size:
+        parts = pairs.train_test_split(data.eval_size, seed=config.seed)
+        pairs, held_out = parts["train"], parts["test"]
     trainer = DPOTrainer(
         model,
-        data.ref_model_path and create_model_from_path(data.ref_model_path, **config.model_init_kwargs),
+        reference,
         config,
         train_dataset=pairs,
-        eval_dataset=held_out if config.eval_strategy != "no" else None,
+        eval_dataset=held_out,
         peft_config=get_peft_config(model_args),
-        quantization_config=get_quantization_config(model_args),
+        quantization_config=quantization,
     )
-    first = measure and measure(trainer)
+    measured = [] if measure is None else [measure(trainer)]
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(config.output_dir)
     if measure is not None:
-        trainer.accelerator.print(f"mean reward of held-out prompts: {first:.3f} first, {measure(trainer):.3f} last")
-    trainer.accelerator.print(f"model    {config.output_dir}")
-    if "tensorboard" in config.report_to:
-        trainer.accelerator.print(f"curves   tensorboard --logdir {config.output_dir}")
+        measured.append(measure(trainer))
+    say_results(trainer, "mean reward of held-out prompts", measured, ".3f")
     return trainer
 
 
+def _check(data: DPOTrainArguments, config: DPOConfig, model: str, holds_pairs: bool) -> None:
+    """Refuse what cannot be, before any work is done."""
+    evaluates = config.eval_strategy != "no"
+    if evaluates and not (holds_pairs and data.eval_size):
+        raise ValueError(f"`eval_strategy`={config.eval_strategy.value!r} needs a dataset of pairs and an `eval_size`")
+    if holds_pairs:
+        if data.eval_size and not evaluates:
+            raise ValueError(f"`eval_size`={data.eval_size} takes pairs out of training: it needs an `eval_strategy`")
+        if model == OFFLINE_MODEL:
+            raise ValueError("`model_name_or_path`='offline' is for generated sets: a dataset of pairs needs a model")
+        for name in _OF_PROMPTS:
+            if getattr(data, name):
+                raise ValueError(f"`{name}`={getattr(data, name)!r} is of prompts: {data.dataset_name!r} holds pairs")
+        return
+    source = f"`dataset_name` {data.dataset_name!r} holds prompts"
+    if data.pair_max_completion_length is None and data.pair_budget_file is None:
+        raise ValueError(f"{source}: making pairs needs `pair_max_completion_length` or `pair_budget_file`")
+    if config.world_size > 1:  # the others would wait for the one that generates, longer than they may
+        raise ValueError(f"{source}: on several processes, make pairs first (`dppo pairs`)")
+
+
+def _load(path: str, config: DPOConfig, quantization: Any, **changes: Any) -> Any:
+    """A model as TRL's trainer loads the policy."""
+    options = {"trust_remote_code": config.trust_remote_code, **(config.model_init_kwargs or {}), **changes}
+    if quantization is not None:
+        options["quantization_config"] = quantization
+    if config.distributed_state.distributed_type == "MULTI_GPU":
+        options["device_map"] = None
+    return create_model_from_path(path, **options)
+
+
 def _pairs_of_prompts(
-    data: DPOTrainArguments, config: DPOConfig, model: str, resume: Any
+    data: DPOTrainArguments, config: DPOConfig, model: str, quantization: Any, resume: Any
 ) -> tuple[str, Dataset, Callable[[DPOTrainer], float] | None]:
     """(path of the model, pairs, mean reward of a trainer's policy on prompts that were held out)."""
-    if data.pair_max_completion_length is None:
-        raise ValueError(f"`dataset_name` {data.dataset_name!r} holds prompts: making pairs needs `pair_max_completion_length`")
-    if config.world_size > 1:  # the others would wait for the one that generates, longer than they may
-        raise ValueError(
-            f"`dataset_name` {data.dataset_name!r} holds prompts: on several processes, make pairs first (`dppo pairs`)"
-        )
-    rewards = data.rewards()
-    with config.main_process_first(desc="loading prompts"):
-        prompts = data.prompts(with_answers=True)
-    held_out = None
+    rewards, budget_texts = data.rewards(), data.budget_texts()
+    prompts, held_out = data.prompts(with_answers=not data.without_answers), None
     if data.eval_size:
         prompts, held_out = split_problems(prompts, data.eval_size, seed=config.seed)
+    file = Path(config.output_dir) / "pairs.parquet"
     if model == OFFLINE_MODEL:
+        _check_same_options(file, data, config)
         model = offline_model("start", config, resume, prompts, data.offline_warmup_steps)
     if data.as_chat:
         prompts, held_out = prompts.map(as_chat), held_out and held_out.map(as_chat)
-    file = Path(config.output_dir) / "pairs.parquet"
-    with config.main_process_first(desc="making pairs"):
-        if config.process_index == 0:
-            start = create_model_from_path(model, **(config.model_init_kwargs or {})).to(config.device)
-            tokenizer = AutoTokenizer.from_pretrained(model, revision=(config.model_init_kwargs or {}).get("revision"))
-            making = data.pairs_config(output_file=str(file), seed=config.seed)
-            _, statistics = make_pairs(start, tokenizer, prompts, rewards, making)
-            print(statistics.summary())
-            if not statistics.pairs:
-                raise ValueError(f"`dataset_name` {data.dataset_name!r} gave no pair: see the statistics beside {file}")
-    pairs = load_dataset("parquet", data_files=str(file), split="train")
+    init = config.model_init_kwargs or {}
+    tokenizer = AutoTokenizer.from_pretrained(
+        model, revision=init.get("revision"), trust_remote_code=init.get("trust_remote_code", config.trust_remote_code)
+    )
+    start = _load(model, config, quantization)
+    if not hasattr(start, "hf_device_map"):
+        start = start.to(config.device)
+    making = data.pairs_config(output_file=str(file), seed=config.seed)
+    pairs, statistics = make_pairs(start, tokenizer, prompts, rewards, making, budget_texts=budget_texts)
+    print(statistics.summary())
+    if not statistics.pairs:
+        raise ValueError(f"`dataset_name` {data.dataset_name!r} gave no pair: see the statistics beside {file}")
+    pairs = pairs.select_columns(["prompt", "chosen", "rejected"])
     if held_out is None:
         return model, pairs, None
-    at_one = replace(data.pairs_config(seed=config.seed), temperatures=[1.0], samples_per_temperature=MEASURED_SAMPLES)
+    # All of them count: a policy that does not come to an end is not better for it.
+    at_one = replace(
+        making, output_file=None, temperatures=[1.0], samples_per_temperature=MEASURED_SAMPLES, drop_truncated=False
+    )
 
     def measure(trainer: DPOTrainer) -> float:
         policy = trainer.accelerator.unwrap_model(trainer.model)
-        _, statistics = make_pairs(policy, trainer.processing_class, held_out, rewards, at_one)
+        tokenizer = trainer.processing_class
+        _, statistics = make_pairs(policy, tokenizer, held_out, rewards, at_one, budget_texts=budget_texts)
         (mean,) = statistics.reward_by_temperature
         return math.nan if mean is None else mean
 
-    return model, pairs.select_columns(["prompt", "chosen", "rejected"]), measure
+    return model, pairs, measure
+
+
+def _check_same_options(file: Path, data: DPOTrainArguments, config: DPOConfig) -> None:
+    """Refuse to replace the start model of an earlier run whose pairs are there, unless the same ones would be made again."""
+    record = file.with_suffix(".options.json")
+    options = {name: value for name, value in asdict(data).items() if name not in _OF_THE_REFERENCE}
+    options |= {"seed": config.seed, "device": config.device.type}
+    if record.exists() and (file.exists() or file.with_suffix(".shards").exists()):
+        before = json.loads(record.read_text())
+        for name in sorted({*before, *options}):
+            was, now = before.get(name), options.get(name)
+            if was != now:
+                raise ValueError(
+                    f"`output_dir`: '{file.parent}' holds the pairs of another run, where {name} was {was!r} and not {now!r}: "
+                    f"remove its {file.stem}.* to start again, or name another folder"
+                )
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(options, indent=1))
