@@ -10,8 +10,6 @@ from dppo_kernels.trainers.compare.conclusion import Interval, interval, paired
 from dppo_kernels.trainers.compare.config import LEVELS
 
 WARNING, NONE_SHOWN, UNKNOWN = "warning", "no sign", "undecided"
-CLOSE_SHARE = 0.05  # of real rows are too close, by the definition of it
-
 Values = Mapping[str, Sequence[float | None]]  # a number for each seed
 
 
@@ -36,23 +34,27 @@ def check(method: Values, start: Values) -> list[Check]:
         ValueError: other numbers of seeds.
     """
     change = {name: paired(method[name], start[name]) for name in method.keys() & start.keys()}
-    reward, judge = change["reward"], change["judge_reward"]
+    # Of valid rows alone: in the rewards of all completions, more of them would hide what a policy does to its judges.
+    reward, judge = change["reward_if_valid"], change["judge_reward_if_valid"]
+    gains = (_gain(method, start, name) for name in ("reward_if_valid", "judge_reward_if_valid"))
+    ahead = paired(*gains)
     levels = {name: change[name] for name in LEVELS}
     judged = {name: change[f"judge_{name}"] for name in LEVELS}
-    closer = interval([share - CLOSE_SHARE for share in method["too_close_share"] if share is not None])
+    closer = paired(method["too_close_share"], method["too_close_share_real"])
+    copies = paired(method["copied_share"], method["copied_share_real"])
     nearer = paired(method["dcr"], method["dcr_real"])
     return [
         _verdict(
-            "reward of the training discriminators up, the judge's not",
-            {"reward": reward, "judge": judge},
-            _sign(reward) > 0 and _sign(judge) <= 0,
+            "reward of valid rows up by the training discriminators, not by the judge",
+            {"reward": reward, "judge": judge, "reward beyond the judge": ahead},
+            _sign(reward) > 0 and (_sign(judge) < 0 or (_sign(judge) == 0 and _sign(ahead) > 0)),
         ),
         _verdict("levels apart: one up, another down (training discriminators)", levels, _apart(levels)),
         _verdict("levels apart: one up, another down (judge)", judged, _apart(judged)),
         _verdict(
-            "rows nearer to training rows than real ones are",
-            {"share too close, beyond 5 %": closer, "distance, beyond that of real rows": nearer},
-            _sign(closer) > 0 or _sign(nearer) < 0,
+            "rows nearer to training rows than real ones are (numbers beyond those of real ones)",
+            {"share too close": closer, "share of copies": copies, "distance": nearer},
+            _sign(closer) > 0 or _sign(copies) > 0 or _sign(nearer) < 0,
         ),
         _verdict(
             "diversity lost",
@@ -69,6 +71,10 @@ def check(method: Values, start: Values) -> list[Check]:
         ),
         _verdict("less useful for training a classifier", {"TSTR AUC": change["utility"]}, _sign(change["utility"]) < 0),
     ]
+
+
+def _gain(method: Values, start: Values, name: str) -> list[float | None]:
+    return [None if x is None or y is None else x - y for x, y in zip(method[name], start[name], strict=True)]
 
 
 def _verdict(name: str, numbers: Mapping[str, Interval | None], warns: bool) -> Check:

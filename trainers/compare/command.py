@@ -3,11 +3,9 @@
 import json
 import platform
 import shlex
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +13,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dppo_kernels import __version__
 from dppo_kernels.trainers.arguments import ArgumentParser, shipped_configs, with_shipped_config
 from dppo_kernels.trainers.compare import report
 from dppo_kernels.trainers.compare.conclusion import Finding, in_words
 from dppo_kernels.trainers.compare.config import METHODS, WARM_START, CompareConfig
-from dppo_kernels.trainers.compare.run import WarmStartError, run_seeds
+from dppo_kernels.trainers.compare.run import run_seeds
 from dppo_kernels.trainers.compare.task import read_split
 
-PACKAGES = ("torch", "transformers", "trl", "scikit-learn", "scipy", "pandas")
 SHOWN = ("reward", "judge_reward", "validity", "kl", "utility", "correlation_error")
 
 
@@ -53,13 +49,13 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         parser.error(str(reason))
     try:
         return run_compare(config, command=shlex.join(["dppo", "compare", *arguments]))
-    except WarmStartError as reason:
+    except ValueError as reason:  # what only a run finds out, such as a warm start that writes no rows
         return parser.error(str(reason))
 
 
 def run_compare(config: CompareConfig, command: str = "run_compare(config)") -> dict[str, Any]:
     """Train DPO and PPO on the rows of a table, offline and on this CPU; write report.md, report.png and results.json."""
-    console, started, commit = Console(), time.perf_counter(), _commit()
+    console, started = Console(), time.perf_counter()
     seeds = run_seeds(
         config, lambda text: console.print(f"{time.perf_counter() - started:5.0f} s  {text}", highlight=False, soft_wrap=True)
     )
@@ -67,9 +63,9 @@ def run_compare(config: CompareConfig, command: str = "run_compare(config)") -> 
         "command": command,
         "config": asdict(config),
         "learning_rates": {method: config.rate(method) for method in METHODS},
-        "commit": commit,
+        "commit": seeds[0]["versions"]["commit"],
         "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "versions": {"dppo-kernels": __version__, "python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+        "versions": {name: value for name, value in seeds[0]["versions"].items() if name != "commit"},
         "seconds": sum(seed["seconds"] for seed in seeds),
         "seeds": seeds,
     }
@@ -112,19 +108,3 @@ def _print(console: Console, results: dict[str, Any], findings: Sequence[Finding
         table.add_row(report.TITLES[name], *cells)
     console.print(table)
     console.print(in_words(findings), highlight=False)
-
-
-def _commit() -> str | None:
-    """Of the checkout that this runs from, if it is one."""
-    here = Path(__file__).resolve().parent
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()

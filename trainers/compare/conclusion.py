@@ -10,6 +10,7 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
+ROUNDING = 1e-12  # differences that agree to it have no spread to take an interval from
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,9 @@ class Metric:
 
 METRICS = (
     Metric("reward", "reward (training discriminators)", 1),
+    Metric("reward_if_valid", "reward of valid rows alone", 1),
     Metric("judge_reward", "judge reward", 1),
+    Metric("judge_reward_if_valid", "judge reward of valid rows alone", 1),
     Metric("validity", "valid rows (share)", 1),
     Metric("kl", "KL to the warm start (nats)"),
     Metric("utility", "TSTR AUC", 1),
@@ -39,7 +42,10 @@ METRICS = (
 
 @dataclass(frozen=True)
 class Interval:
-    """Mean of paired differences and where it lies with 95 % confidence by Student's t; no bounds with fewer than two."""
+    """Mean of paired differences and where it lies with 95 % confidence by Student's t.
+
+    No bounds with fewer than two, or where they happen to coincide: that says nothing about how far apart others would be.
+    """
 
     mean: float
     low: float | None
@@ -89,9 +95,11 @@ def interval(differences: Sequence[float]) -> Interval | None:
     mean = float(values.mean())
     if count == 1:
         return Interval(mean, None, None, count)
-    error = float(stats.sem(values))
-    # Differences that are all the same have no spread: scipy says NaN.
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * error if error else 0.0
+    if np.abs(values).max() <= ROUNDING:
+        return Interval(0.0, 0.0, 0.0, count)
+    if np.ptp(values) <= ROUNDING * max(1.0, abs(mean)):
+        return Interval(mean, None, None, count)
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * float(stats.sem(values))
     return Interval(mean, mean - half, mean + half, count)
 
 

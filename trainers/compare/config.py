@@ -6,6 +6,7 @@ from pathlib import Path
 from dppo_kernels._checks import check_count, check_not_negative, check_positive
 from dppo_kernels.trainers.pairs_config import PairsConfig
 
+LEAST_PROMPTS = 4  # for which DPO's tokens of a round must suffice, should PPO's completions be short
 HEADS = 4  # of the small model
 LEVELS = ("token", "sentence", "row", "features")  # of the reward
 METHODS = ("DPO", "PPO")
@@ -86,6 +87,12 @@ class CompareConfig:
         check_not_negative("kl_penalty", self.kl_penalty)
         if self.batch_size % 2:
             raise ValueError(f"`batch_size` must be even, as DPO trains on half as many pairs, got {self.batch_size}")
+        if self.completions_of(self.rounds - 1) < LEAST_PROMPTS * len(self.temperatures):
+            raise ValueError(
+                f"`batch_size` * `mini_batches` must let PPO generate {LEAST_PROMPTS} completions for each of DPO's "
+                f"{len(self.temperatures)} `temperatures` in a round, got {self.completions_of(self.rounds - 1)}: DPO may "
+                "generate as many tokens"
+            )
         if self.width % (2 * HEADS):
             raise ValueError(f"`width` must be a multiple of {2 * HEADS}, got {self.width}")
         PairsConfig(temperatures=self.temperatures, min_gap=self.min_gap)  # which says what is wrong with them

@@ -9,7 +9,7 @@ import pandas as pd
 from dppo_kernels.trainers.compare.config import LEVELS, CompareConfig
 from dppo_kernels.trainers.compare.task import Samples, Task, Weights
 from dppo_kernels.trainers.rewards.tabular import hierarchical_reward
-from dppo_kernels.trainers.tabular import Discriminators, TrainingOptions, evaluate
+from dppo_kernels.trainers.tabular import Discriminators, TrainingOptions, evaluate, serialise_rows
 
 TOKEN_EPOCHS = 4  # of the others' for one of the token level, which is the slow one
 
@@ -29,11 +29,12 @@ def fit_training(task: Task, config: CompareConfig, samples: Samples) -> Discrim
 
 
 def fit_judge(task: Task, config: CompareConfig, samples: Sequence[Samples]) -> Discriminators:
-    """Those that nothing is trained on: real rows that neither the policies nor the others have learned from, other seeds.
+    """Those that nothing is trained on: they learn from real rows that neither the policies nor the others learned from.
+
+    When they stop, and their temperatures, are decided on the same tuning rows as those of the others.
 
     Args:
-        samples: of the warm start and of each method, as many of each, so that the judge has learned to tell all of them
-            from real rows, and none better than another.
+        samples: of the warm start and of each method, as many of each: of all of them together it draws at random.
     """
     found = new_discriminators(task, config)
     tuning, reporting = halves(task.split.tuning)
@@ -47,19 +48,30 @@ def halves(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     return rows.iloc[::2], rows.iloc[1::2]
 
 
-def rewards(discriminators: Discriminators, samples: Samples) -> dict[str, float]:
-    """Mean and standard deviation of the hierarchical reward, and means of its levels before the gate of validity."""
+def rewards(discriminators: Discriminators, samples: Samples) -> dict[str, float | None]:
+    """Mean and standard deviation of the hierarchical reward, the share of valid rows, and means of the levels over these."""
     scores = discriminators.score(samples.texts, samples.starts)
     reward = hierarchical_reward(scores.token, scores.sentence, scores.row, scores.features) * scores.valid
     features = np.mean(list(scores.features.values()), axis=0)
     levels = dict(zip(LEVELS, (scores.token, scores.sentence, scores.row, features), strict=True))
     found = {"reward": reward.mean(), "reward_std": reward.std(), "validity": scores.valid.mean()}
-    return {name: float(value) for name, value in (found | {name: x.mean() for name, x in levels.items()}).items()}
+    by_level = {name: float(x[scores.valid].mean()) if scores.valid.any() else None for name, x in levels.items()}
+    return {name: float(value) for name, value in found.items()} | by_level
 
 
-def judged(judge: Discriminators, samples: Samples) -> dict[str, float]:
+def judged(judge: Discriminators, samples: Samples) -> dict[str, float | None]:
     """The same by the judge, its names with that prefix."""
     return {f"judge_{name}": value for name, value in rewards(judge, samples).items() if name != "validity"}
+
+
+def real_rows(task: Task, discriminators: Discriminators, judge: Discriminators) -> dict[str, float | None]:
+    """Rewards of the evaluation rows as text: what no policy can be expected to exceed."""
+    rng = np.random.default_rng(task.seed)
+    pairs = serialise_rows(task.schema, task.split.evaluation, rng)
+    prompts = [prompt for prompt, _ in pairs]
+    samples = Samples(prompts, [], [prompt + completion for prompt, completion in pairs])
+    found = {**rewards(discriminators, samples), **judged(judge, samples)}
+    return found | {f"{name}_if_valid": found[name] for name in ("reward", "judge_reward")}
 
 
 def measure(

@@ -2,21 +2,25 @@
 
 import hashlib
 import json
+import platform
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dppo_kernels import __version__
 from dppo_kernels.trainers.compare.config import WARM_START, CompareConfig
-from dppo_kernels.trainers.compare.measure import fit_judge, fit_training, judged, measure, rewards
+from dppo_kernels.trainers.compare.measure import fit_judge, fit_training, judged, measure, real_rows, rewards
 from dppo_kernels.trainers.compare.methods import RUNS, quiet
 from dppo_kernels.trainers.compare.task import Samples, Task
 from dppo_kernels.trainers.rewards.tabular import HierarchicalReward
 from dppo_kernels.trainers.tabular import validity
 
-FINAL = 1_000  # a place of sampling beyond every round
+# Places of sampling beyond every round: for the final measures, and for what discriminators learn from.
+FINAL, LEARNED = 1_000_000, 2_000_000
+PACKAGES = ("dppo-kernels", "torch", "transformers", "trl", "scikit-learn", "scipy", "pandas")
 LEADER = "PPO"  # generates whole rollouts; the others follow up to its tokens
 # They say where results go and how many there are; the rest determines a seed's.
 _NOT_FINGERPRINTED = ("output_dir", "seeds")
@@ -53,7 +57,22 @@ def fingerprint(config: CompareConfig) -> dict[str, Any]:
     options = {name: value for name, value in asdict(config).items() if name not in _NOT_FINGERPRINTED}
     path = Path(config.data)
     content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-    return {**options, "content": content, "version": __version__}
+    return {**options, "content": content, "versions": versions()}
+
+
+def versions() -> dict[str, str | None]:
+    """Of all that a seed's results depend on; the commit is that of the checkout that this runs from, if it is one."""
+    return {"commit": _commit(), "python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def _commit() -> str | None:
+    here = Path(__file__).resolve().parent
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        found = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
 
 
 def run_seed(config: CompareConfig, seed: int, note: Note = lambda text: None) -> dict[str, Any]:
@@ -65,13 +84,14 @@ def run_seed(config: CompareConfig, seed: int, note: Note = lambda text: None) -
     started = time.perf_counter()
     task = Task.build(config, seed)
     start = task.warm_start(config.warmup_steps, _every(config.warmup_steps, f"seed {seed}: warm start", note))
+    learned = task.sample(start, config.eval_samples, LEARNED)
     first = task.sample(start, config.eval_samples, 0)
     if not any(validity(task.schema, text) for text in first.texts):
         raise WarmStartError(
             f"`warmup_steps`={config.warmup_steps} must teach a model of `width`={config.width} to write whole rows, got none "
             f"in {config.eval_samples} completions of seed {seed}: all would have the reward 0"
         )
-    discriminators = fit_training(task, config, first)
+    discriminators = fit_training(task, config, learned)
     reward = HierarchicalReward(discriminators)  # one object for both: `update` changes what it says
     runs = {name: make(task, config, Path(config.output_dir) / "trainers", start) for name, make in RUNS.items()}
     samples = dict.fromkeys(runs, first)
@@ -80,8 +100,9 @@ def run_seed(config: CompareConfig, seed: int, note: Note = lambda text: None) -
     reports = [discriminators.report()]
     for index in range(config.rounds):
         if index:
-            mixed = [text for found in samples.values() for text in found.texts]
-            discriminators.update(mixed, seed=seed + index * 1009)
+            # Samples of their own: rewards are measured on others, which no discriminator has learned from.
+            theirs = [task.sample(run.weights, config.eval_samples, LEARNED + index).texts for run in runs.values()]
+            discriminators.update([text for texts in theirs for text in texts], seed=seed + index * 1009)
             reports.append(discriminators.report())
         tokens = None
         for name in sorted(runs, key=lambda name: name != LEADER):
@@ -103,7 +124,8 @@ def run_seed(config: CompareConfig, seed: int, note: Note = lambda text: None) -
                 }
             )
             note(f"seed {seed}, round {index + 1} of {config.rounds}: {name} {_brief(curves[name][-1])}")
-    judge = fit_judge(task, config, [first, *samples.values()])
+    shown = [task.sample(run.weights, config.eval_samples, LEARNED + config.rounds) for run in runs.values()]
+    judge = fit_judge(task, config, [learned, *shown])
     for name, points in curves.items():
         for point, found in zip(points, drawn[name][1:], strict=True):
             point |= judged(judge, found)
@@ -129,6 +151,8 @@ def run_seed(config: CompareConfig, seed: int, note: Note = lambda text: None) -
         "completion_budget": task.budget,
         "discriminators": reports,
         "judge": judge.report(),
+        "real": real_rows(task, discriminators, judge),
+        "versions": versions(),
         "seconds": time.perf_counter() - started,
     }
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
 from dppo_kernels import token_logprobs
 from dppo_kernels.trainers.compare.config import CompareConfig
 from dppo_kernels.trainers.demo.warmup import build_model, warm_up
-from dppo_kernels.trainers.pairs_generation import Sampling, TransformersSampler
+from dppo_kernels.trainers.pairs_generation import Sampling, TransformersSampler, derived_seed
 from dppo_kernels.trainers.tabular import (
     Schema,
     Split,
@@ -91,8 +91,8 @@ class Task:
 
     def sample(self, weights: Weights, count: int, seed: int) -> Samples:
         """The same prompts for the same `seed`, whoever completes them."""
-        prompts = self.prompts(count, seed)
-        sampling = Sampling((1.0,), 1, 1.0, 0, 1.0, self.budget, (self.tokenizer.eos_token_id,), seed)
+        prompts, derived = self.prompts(count, seed), derived_seed(self.seed, seed)
+        sampling = Sampling((1.0,), 1, 1.0, 0, 1.0, self.budget, (self.tokenizer.eos_token_id,), derived)
         ids = [found[0] for found in TransformersSampler(self.model(weights))(self._tokens(prompts), 0, sampling)]
         completions = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return Samples(prompts, ids, [prompt + text for prompt, text in zip(prompts, completions, strict=True)])

@@ -19,6 +19,7 @@ from dppo_kernels.trainers.tabular.text import to_frame
 BINS = 10
 CLOSE = 5  # per cent of real held-out rows that are as near to a training row
 LEAST_ROWS = 10  # synthetic rows from which anything is estimated
+PERMUTATIONS = 5
 MOST_PAIRED = 1000  # rows whose pairwise distances are taken
 CLASSIFIERS: dict[str, Callable[[int], Any]] = {
     "logistic": lambda seed: LogisticRegression(max_iter=2000, random_state=seed),
@@ -39,7 +40,7 @@ class Evaluation:
             ceiling and the floor.
         marginal_tv, correlation_error: as the functions of these names say, against the training rows.
         dcr: median distance to the closest training row, standardised.
-        too_close_share: closer to a training row than the closest 5 % of evaluation rows are; about 0.05 for real rows.
+        too_close_share: as close to a training row as the closest 5 % of evaluation rows, or closer; about 0.05 of real rows.
         copied_share: exact copies of training rows.
         distinct_share: how many are different.
         spread: mean distance between two rows, as a multiple of that between two training rows.
@@ -58,7 +59,9 @@ class Evaluation:
     dcr: float | None
     dcr_real: float
     too_close_share: float | None
+    too_close_share_real: float
     copied_share: float | None
+    copied_share_real: float
     distinct_share: float | None
     spread: float | None
     reasons: dict[str, str]
@@ -103,22 +106,27 @@ def evaluate(
         rows, valid = to_frame(schema, synthetic)
         invalid = float(1 - valid.mean()) if len(valid) else None
     rng = np.random.default_rng(seed)
-    permuted = permute_columns(schema, train, rng).frame
     space = _Space(schema, train)
     real_distances = space.to_closest(evaluation)
+    close = np.percentile(real_distances, CLOSE)
+    # One permutation is noise where the target is what moves: their mean is the floor.
+    permuted = (permute_columns(schema, train, rng).frame for _ in range(PERMUTATIONS))
+    floors = [auc for frame in permuted if (auc := utility(schema, frame, evaluation, classifier, seed)) is not None]
     result: dict[str, Any] = {
         "utility_real": utility(schema, train, evaluation, classifier, seed),
-        "utility_marginals": utility(schema, permuted, evaluation, classifier, seed),
+        "utility_marginals": float(np.mean(floors)) if floors else None,
         "marginal_tv_real": marginal_tv(schema, evaluation, train),
         "correlation_error_real": correlation_error(schema, evaluation, train),
         "dcr_real": float(np.median(real_distances)),
+        "too_close_share_real": float((real_distances <= close).mean()),
+        "copied_share_real": _copied(schema, evaluation, train),
     }
     measures: dict[str, Callable[[], float | None]] = {
         "utility": lambda: utility(schema, rows, evaluation, classifier, seed),
         "marginal_tv": lambda: marginal_tv(schema, rows, train),
         "correlation_error": lambda: correlation_error(schema, rows, train),
         "dcr": lambda: float(np.median(space.to_closest(rows))),
-        "too_close_share": lambda: float((space.to_closest(rows) < np.percentile(real_distances, CLOSE)).mean()),
+        "too_close_share": lambda: float((space.to_closest(rows) <= close).mean()),
         "copied_share": lambda: _copied(schema, rows, train),
         "distinct_share": lambda: 1 - float(rows.duplicated().mean()),
         "spread": lambda: space.spread(rows, rng) / space.spread(train, rng),
@@ -213,4 +221,5 @@ def _flat(encoder: RowEncoder, rows: pd.DataFrame, *, target: bool = True) -> np
 
 def _copied(schema: Schema, rows: pd.DataFrame, train: pd.DataFrame) -> float:
     known = set(train[list(schema.columns)].itertuples(index=False, name=None))
-    return float(np.mean([row in known for row in rows.itertuples(index=False, name=None)]))
+    columns = rows[list(schema.columns)]
+    return float(np.mean([row in known for row in columns.itertuples(index=False, name=None)]))

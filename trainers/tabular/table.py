@@ -1,5 +1,6 @@
 """Tables of real rows, and which rows each part of a study may see."""
 
+import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ HELOC_GROUPS = {
 HELOC_SPECIAL_VALUES = {-9.0: "no record", -8.0: "no usable trades", -7.0: "condition not met"}
 
 LEAST_ROWS = 20  # of a class: every part gets a few
+LEAST_EVALUATED = 10  # rows, from which utility and privacy are estimated
 # Shares of all rows; the rest is for evaluation.
 TRAIN, TUNING, HELD_OUT = 0.5, 0.15, 0.15
 
@@ -74,8 +76,8 @@ class Split:
     """Disjoint rows by role.
 
     train: what the generator imitates, and the real rows that discriminators learn from.
-    tuning: when discriminators stop, and their temperatures.
-    held_out: how good discriminators are said to be.
+    tuning: when discriminators stop, and their temperatures. (In `dppo compare` half of them say how good they are.)
+    held_out: how good discriminators are said to be. (There the judge learns from them.)
     evaluation: seen by the final measures of utility and privacy only.
     """
 
@@ -120,8 +122,21 @@ def load_table(
     duplicates = sorted(set(names[names.duplicated()]))  # pandas would rename them
     if duplicates:
         raise ValueError(f"{path.name} must have distinct columns, got {duplicates[0]!r} more than once")
-    frame = pd.read_csv(path, header=0, names=list(names), dtype=str, skipinitialspace=True)
-    if target in (None, HELOC_TARGET) and {HELOC_TARGET, *sum(HELOC_GROUPS.values(), ())} == set(names):
+    with path.open(newline="") as handle:
+        for line, fields in enumerate(csv.reader(handle, skipinitialspace=True), 1):
+            if fields and len(fields) != len(names):  # pandas would shift them, or fill them up
+                raise ValueError(f"line {line} of {path.name} must have {len(names)} fields, got {len(fields)}")
+    # A class may be spelled "None" or "NA".
+    options = {"dtype": str, "skipinitialspace": True, "keep_default_na": False, "na_values": [""]}
+    frame = pd.read_csv(path, header=0, names=list(names), index_col=False, **options)
+    frame = frame.apply(lambda column: column.str.strip())
+    heloc = {HELOC_TARGET, *sum(HELOC_GROUPS.values(), ())}
+    if heloc < set(names) and special_values is None:
+        raise ValueError(
+            f"{path.name} has the columns of HELOC and {sorted(set(names) - heloc)}: remove these, or name its codes in "
+            "`special_values`, which would be taken for numbers"
+        )
+    if target in (None, HELOC_TARGET) and heloc == set(names):
         target = HELOC_TARGET
         groups = HELOC_GROUPS if groups is None else groups
         special_values = HELOC_SPECIAL_VALUES if special_values is None else special_values
@@ -166,20 +181,37 @@ def _make_table(
 
 
 def split_table(table: Table, seed: int) -> Split:
-    """The rows of `table` by role, classes in the same shares everywhere; half of them for training.
+    """The rows of `table` by role, classes in about the same shares everywhere; about half of them for training.
+
+    Rows that are the same stay together: a copy of a training row in another part would be taken for a real row like it.
 
     Raises:
-        ValueError: a class has fewer than 20 rows.
+        ValueError: a class has fewer than 20 different rows, or a part too few.
     """
-    counts = table.frame[table.target].value_counts()
+    different = table.frame.drop_duplicates()
+    counts = different[table.target].value_counts()
     if counts.min() < LEAST_ROWS:
-        raise ValueError(f"every class must have at least {LEAST_ROWS} rows, got {counts.min()} of {counts.idxmin()!r}")
+        raise ValueError(
+            f"every class must have at least {LEAST_ROWS} different rows, got {counts.min()} of {counts.idxmin()!r}"
+        )
 
     def divide(rows: pd.DataFrame, share: float) -> tuple[pd.DataFrame, pd.DataFrame]:
         first, second = train_test_split(rows, train_size=share, stratify=rows[table.target], random_state=seed)
         return first, second
 
-    train, rest = divide(table.frame, TRAIN)
+    train, rest = divide(different, TRAIN)
     tuning, rest = divide(rest, TUNING / (1 - TRAIN))
     held_out, evaluation = divide(rest, HELD_OUT / (1 - TRAIN - TUNING))
-    return Split(train, tuning, held_out, evaluation)
+    same = table.frame.groupby(list(table.frame.columns), sort=False).ngroup()
+
+    def with_copies(part: pd.DataFrame) -> pd.DataFrame:
+        place = pd.Series(range(len(part)), index=same[part.index].to_numpy())
+        rows = same[same.isin(place.index)].map(place).sort_values(kind="stable")
+        return table.frame.loc[rows.index]
+
+    parts = [with_copies(part) for part in (train, tuning, held_out, evaluation)]
+    if len(parts[3]) < LEAST_EVALUATED:
+        raise ValueError(
+            f"the table must leave {LEAST_EVALUATED} rows for evaluation, got {len(parts[3])} of {len(table.frame)}"
+        )
+    return Split(*parts)

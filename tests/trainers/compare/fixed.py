@@ -4,7 +4,7 @@ from typing import Any
 
 from dppo_kernels.trainers.compare.config import LEVELS, METHODS, WARM_START, CompareConfig
 
-AUCS = {level: {"auc": 0.75} for level in ("token", "sentence", "row", "features/a")}
+AUCS = {level: {"auc": 0.75, "ece": 0.0625} for level in ("token", "sentence", "row", "features/a")}
 
 
 def measures(seed: int, shift: float = 0.0, **changes: float | None) -> dict[str, Any]:
@@ -33,7 +33,9 @@ def measures(seed: int, shift: float = 0.0, **changes: float | None) -> dict[str
         "dcr": 1.5,
         "dcr_real": 0.93,
         "too_close_share": 0.02,
+        "too_close_share_real": 0.05,
         "copied_share": 0.0,
+        "copied_share_real": 0.0,
         "distinct_share": 1.0,
         "spread": 1.1,
         "reasons": {},
@@ -90,7 +92,8 @@ def results(seeds: int = 3) -> dict[str, Any]:
                 "methods": dict(zip(METHODS, (dpo, ppo), strict=True)),
                 "completion_budget": 97,
                 "discriminators": [AUCS, AUCS],
-                "judge": {level: {"auc": 0.8125} for level in AUCS},
+                "judge": {level: {"auc": 0.8125, "ece": 0.03125} for level in AUCS},
+                "real": dict.fromkeys(("reward", "reward_if_valid", "judge_reward", "judge_reward_if_valid"), 0.625),
                 "seconds": 60.0,
             }
         )

@@ -52,6 +52,10 @@ def test_a_shipped_configuration_and_flags_over_it(parsed: list) -> None:
         (["--seeds", "0"], "`seeds` must be an int of at least 1, got 0"),
         (["--rounds", "3", "--total_steps", "2"], "`total_steps` must be an int of at least 3, got 2"),
         (["--batch_size", "3"], "`batch_size` must be even"),
+        (
+            ["--batch_size", "4", "--mini_batches", "1", "--rounds", "4", "--total_steps", "4"],
+            "must let PPO generate 4 completions for each of DPO's 4 `temperatures` in a round, got 4",
+        ),
         (["--width", "20"], "`width` must be a multiple of 8, got 20"),
         (["--eval_samples", "5"], "`eval_samples` must be an int of at least 20, got 5"),
         (["--temperatures", "1.0", "1.0"], "`temperatures` must be distinct"),

@@ -27,8 +27,14 @@ def test_the_tables_hold_the_numbers() -> None:
     text = report.render(fixed.results())
     measures = rows_of(section(text, "Measures"))
     # Real rows, warm start, DPO, PPO, difference: 0.1 - 0.2 and 0.002 more a seed, so -0.098 +- 4.303 * 0.002 / sqrt(3).
-    assert measures["judge reward"] == ["", "0.251 ± 0.001", "0.353 ± 0.003", "0.451 ± 0.001", "-0.098 [-0.103, -0.093]"]
-    assert measures["KL to the warm start (nats)"] == ["", "0 ± 0", "2 ± 0", "5 ± 0", "-3 [-3, -3]"]
+    assert measures["judge reward"] == [
+        "0.625 ± 0",
+        "0.251 ± 0.001",
+        "0.353 ± 0.003",
+        "0.451 ± 0.001",
+        "-0.098 [-0.103, -0.093]",
+    ]
+    assert measures["KL to the warm start (nats)"] == ["", "0 ± 0", "2 ± 0", "5 ± 0", "-3 [no interval]"]
     assert measures["TSTR AUC"] == ["0.977 ± 0", "0.9 ± 0", "0.9 ± 0 (2 of 3 seeds)", "0.9 ± 0", "0 [0, 0]"]
     assert measures["judge reward of valid rows alone"][3] == "0.75 ± 0.00042"  # of PPO: 0.45 / 0.6, and 0.001 more a seed
     assert "0.321" in section(text, "Measures")  # the floor
@@ -41,16 +47,23 @@ def test_the_tables_hold_the_numbers() -> None:
     assert training["rejected reward"] == ["0.125 ± 0"] * 2
     assert training["gap"] == ["0.5 ± 0"] * 2
     assert training["mean reward"] == ["0.432 ± 0"] * 2
-    assert rows_of(section(text, "Discriminators"))["row"] == ["0.75 ± 0", "0.75 ± 0", "0.812 ± 0"]
+    assert rows_of(section(text, "Discriminators"))["row"] == [
+        "0.75 ± 0; 0.0625 ± 0",
+        "0.75 ± 0; 0.0625 ± 0",
+        "0.812 ± 0; 0.0312 ± 0",
+    ]
     for said in ("dppo compare --rounds 2 --total_steps 16", "commit abc123", "torch 2.99, trl 1.16.7", "`kl_penalty` 0.1"):
         assert said in text
 
 
 def test_the_conclusion_follows_the_numbers() -> None:
     text = section(report.render(fixed.results()), "Conclusion")
-    assert "PPO is better in reward (training discriminators), judge reward." in text
+    assert (
+        "PPO is better in reward (training discriminators), reward of valid rows alone, judge reward, judge reward of" in text
+    )
+    assert "so that the share of valid rows is in them" in text
     assert "* PPO is higher than DPO in judge reward by 0.098 [0.093, 0.103], which is better" in text
-    assert "* PPO is higher than DPO in KL to the warm start (nats) by 3 [3, 3]" in text
+    assert "* no difference shown in KL to the warm start (nats): DPO minus PPO is -3 [no interval]" in text  # of equal ones
     assert "* no difference shown in valid rows (share): DPO minus PPO is 0 [0, 0]" in text
 
 
@@ -77,7 +90,7 @@ def test_signs_of_reward_hacking_are_shown_by_method() -> None:
     lines = [line for line in report.render(results).splitlines() if "**warning**" in line]
     assert len(lines) == 1
     assert "| PPO |" in lines[0]
-    assert "reward 0.2 [0.2, 0.2]; judge -0.151 [-0.153, -0.149]" in lines[0]
+    assert "reward 0.333 [0.331, 0.334]; judge -0.251 [-0.254, -0.248]" in lines[0]  # over .6 valid rows
 
 
 def test_one_seed_has_a_report_without_intervals() -> None:
@@ -102,3 +115,9 @@ def test_results_that_are_none_are_refused(tmp_path: Path) -> None:
         write_report(tmp_path / "results.json", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"must be the path of a results\.json"):
         write_report(tmp_path / "other.json", tmp_path)
+
+
+def test_a_round_without_valid_rows_is_a_gap_in_the_figure(tmp_path: Path) -> None:
+    results = fixed.results()
+    results["seeds"][0]["methods"]["PPO"]["rounds"][0]["judge_row"] = None
+    assert report.draw(results, tmp_path / "report.png").stat().st_size > 1000

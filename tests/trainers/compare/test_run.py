@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from dppo_kernels.trainers import cli
-from dppo_kernels.trainers.compare import CompareConfig, run, run_compare
+from dppo_kernels.trainers.compare import CompareConfig, measure, methods, run, run_compare
 from dppo_kernels.trainers.compare.config import LEVELS, METHODS, WARM_START
 from dppo_kernels.trainers.compare.methods import DPORun, PPORun
 from dppo_kernels.trainers.compare.task import Samples, Task
 from dppo_kernels.trainers.pairs import make_pairs
 from dppo_kernels.trainers.rewards.tabular import HierarchicalReward
-from dppo_kernels.trainers.tabular import load_table
+from dppo_kernels.trainers.tabular import Discriminators, load_table
 
 SETTINGS: dict[str, Any] = {
     "target": "diagnosis",
@@ -50,7 +50,10 @@ class Watched:
         self.starts: list[dict[str, torch.Tensor]] = []
         self.rewards: list[tuple[str, int, HierarchicalReward, list[float]]] = []
         self.pair_tokens: list[int] = []
-        self.scored: dict[str, list[float]] = {"DPO": [], "PPO": []}
+        self.references: list[dict[str, torch.Tensor]] = []
+        self.fitted: list[tuple[list[set[int]], list[str]]] = []  # rows of train, tuning and held-out; generated texts
+        self.updated: list[list[str]] = []
+        self.evaluated: list[tuple[set[int], set[int]]] = []  # rows of train and evaluation
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +67,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[st
 
         def watching(self: Any, index: int, reward: HierarchicalReward, tokens: int | None) -> Any:
             if index == 0:
-                watched.starts.append(self.weights)
+                watched.starts.append({name: value.clone() for name, value in self.weights.items()})
             probe[:] = probe or [self.task.sample(self.start, 4, 5).texts[0]]
             watched.rewards.append((self.name, index, reward, reward(probe, [""])))
             return original(self, index, reward, tokens)
@@ -76,11 +79,33 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[st
         watched.pair_tokens.append(found[1].generated_tokens)
         return found
 
+    fit, update, evaluate, trainer = Discriminators.fit, Discriminators.update, measure.evaluate, methods.DPOTrainer
+
+    def fitting(self: Any, *parts: Any, generated: Any = (), seed: int) -> None:
+        watched.fitted.append(([set(part.index) for part in parts], list(generated)))
+        fit(self, *parts, generated=generated, seed=seed)
+
+    def updating(self: Any, generated: Any, seed: int) -> None:
+        watched.updated.append(list(generated))
+        update(self, generated, seed)
+
+    def evaluating(schema: Any, texts: Any, train: Any, evaluation: Any, **options: Any) -> Any:
+        watched.evaluated.append((set(train.index), set(evaluation.index)))
+        return evaluate(schema, texts, train, evaluation, **options)
+
+    def training(model: Any, reference: Any, *args: Any, **kwargs: Any) -> Any:
+        watched.references.append({name: value.clone() for name, value in reference.state_dict().items()})
+        return trainer(model, reference, *args, **kwargs)
+
     config = CompareConfig(data=str(write_small_table(folder / "small.csv")), output_dir=str(folder / "out"), **SETTINGS)
     with pytest.MonkeyPatch.context() as patch:
         for cls in (DPORun, PPORun):
             patch.setattr(cls, "_round", watch(cls))
-        patch.setattr("dppo_kernels.trainers.compare.methods.make_pairs", counting)
+        patch.setattr(methods, "make_pairs", counting)
+        patch.setattr(methods, "DPOTrainer", training)
+        patch.setattr(Discriminators, "fit", fitting)
+        patch.setattr(Discriminators, "update", updating)
+        patch.setattr(measure, "evaluate", evaluating)
         yield run_compare(config, command="dppo compare"), config, watched
 
 
@@ -111,7 +136,10 @@ def test_it_is_measured_and_reported(compared: tuple) -> None:
         assert measures["kl"] != 0
         for name in ("reward", "judge_reward", "validity", *LEVELS, *(f"judge_{level}" for level in LEVELS)):
             assert 0 < measures[name] <= 1
-        assert measures["reward"] != start["reward"]
+        assert abs(measures["reward"] - start["reward"]) > 1e-4
+        # Real rows that no policy has seen are more real, to the discriminators and to the judge.
+        assert seed["real"]["reward"] > max(measures["reward"], start["reward"])
+        assert seed["real"]["judge_reward"] > max(measures["judge_reward"], start["judge_reward"])
         assert measures["utility"] is not None
         assert found["seconds"] > 0
         assert len(found["rounds"]) == config.rounds
@@ -135,10 +163,12 @@ def test_both_generate_as_many_tokens(compared: tuple) -> None:
 
 
 def test_both_start_from_the_same_weights(compared: tuple) -> None:
-    _, _, watched = compared
+    _, config, watched = compared
     first, second = watched.starts
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    for weights in (second, *watched.references):  # which are what DPO's loss is relative to, in every round
+        assert first.keys() == weights.keys()
+        assert all(torch.equal(first[name], weights[name]) for name in first)
+    assert len(watched.references) == config.rounds
 
 
 def test_both_face_the_same_discriminators_in_every_round(compared: tuple) -> None:
@@ -147,6 +177,41 @@ def test_both_face_the_same_discriminators_in_every_round(compared: tuple) -> No
     by_round = [{tuple(score) for _, index, _, score in watched.rewards if index == i} for i in range(config.rounds)]
     assert [len(scores) for scores in by_round] == [1, 1]  # the same for both
     assert by_round[0] != by_round[1]  # updated in between
+
+
+def test_real_rows_have_one_use(compared: tuple) -> None:
+    """The judge learns from rows that neither the policies nor the first discriminators saw; what is measured on, from none."""
+    _, config, watched = compared
+    (first, warm), (judge, shown) = watched.fitted
+    split = Task.build(config, 0).split
+    assert first[0] == set(split.train.index)
+    assert judge[0] == set(split.held_out.index)
+    for train, evaluation in watched.evaluated:
+        assert train == first[0]
+        assert evaluation == set(split.evaluation.index)
+        assert not evaluation & set().union(*first, *judge)
+    assert not judge[0] & set().union(*first)
+    assert len(watched.evaluated) == 3  # the warm start and both methods
+    assert len(warm) == config.eval_samples
+    assert shown[: len(warm)] == warm
+    assert len(shown) == 3 * config.eval_samples
+
+
+def test_discriminators_learn_from_both_and_from_no_text_that_is_measured(compared: tuple) -> None:
+    _, config, watched = compared
+    [texts] = watched.updated
+    assert len(texts) == 2 * config.eval_samples
+    both = [set(texts[: config.eval_samples]), set(texts[config.eval_samples :])]
+    assert both[0] != both[1]
+    learned = set(texts).union(*(generated for _, generated in watched.fitted))
+    task = Task.build(config, 0)
+    start = {name: value.clone() for name, value in watched.starts[0].items()}
+    measured = [task.sample(start, config.eval_samples, place).texts for place in (0, run.FINAL)]
+    again = task.sample(start, config.eval_samples, run.LEARNED).texts
+    assert again == watched.fitted[0][1]
+    # Texts are short here: some are written twice by chance.
+    for found in measured:
+        assert len(learned & set(found)) < len(set(found)) / 2
 
 
 def test_a_seed_that_is_done_is_not_run_again(compared: tuple, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,8 @@ def test_any_csv(tmp_path: Path) -> None:
         ("a,y\n1,1\ninf,0\n", "y", "column 'a' of t must hold finite numbers, got 'inf'"),
         ("a,y\n1,1\n,0\n", "y", "column 'a' of t must have a value in every row, got 1 without"),
         ("a,y\n1,1\n2,1\n", "y", r"at least two classes, got \['1'\]"),
+        ("a,y\n1,1\n2,3,0\n", "y", "line 3 of t.csv must have 2 fields, got 3"),
+        ("a,y\n1,1\n2\n", "y", "line 3 of t.csv must have 2 fields, got 1"),
         ('"a is b",y\n1,1\n2,0\n', "y", "must hold no comma, line break or ' is ', got 'a is b'"),
     ],
 )
@@ -66,8 +68,16 @@ def test_other_bad_arguments(tmp_path: Path, cancer: Table) -> None:
     with pytest.raises(ValueError, match=r"`groups`\['g'\] must list distinct numeric columns, got \['nothing'\]"):
         load_table(path, groups={"g": ["nothing"]})
     few = Table("few", cancer.frame.iloc[:30], cancer.schema)
-    with pytest.raises(ValueError, match="every class must have at least 20 rows, got"):
+    with pytest.raises(ValueError, match="every class must have at least 20 different rows, got"):
         split_table(few, seed=0)
+    copies = Table(
+        "copies", pd.concat([cancer.frame.iloc[:1]] * 30 + [cancer.frame[cancer.frame["diagnosis"] == "benign"]]), cancer.schema
+    )
+    with pytest.raises(ValueError, match="at least 20 different rows, got 1 of 'malignant'"):
+        split_table(copies, seed=0)
+    small = Table("small", cancer.frame.groupby("diagnosis").head(20).reset_index(drop=True), cancer.schema)
+    with pytest.raises(ValueError, match="the table must leave 10 rows for evaluation, got"):
+        split_table(small, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -103,6 +113,34 @@ def test_rows_by_role_are_disjoint_and_stratified(cancer: Table, cancer_split: S
     again, other = split_table(cancer, seed=0), split_table(cancer, seed=1)
     assert list(again.train.index) == list(cancer_split.train.index)
     assert set(other.train.index) != set(cancer_split.train.index)
+
+
+def test_copies_of_a_row_stay_together(cancer: Table) -> None:
+    """Whole numbers of two columns: most rows are there several times, and in one part each."""
+    frame = cancer.frame[["diagnosis", "mean radius", "mean texture"]].round(0)
+    schema = Schema(
+        "diagnosis", cancer.schema.categories, dict.fromkeys(frame.columns[1:], Number(0)), {"a": tuple(frame.columns[1:])}, {}
+    )
+    split = split_table(Table("rounded", frame, schema), seed=0)
+    parts = [split.train, split.tuning, split.held_out, split.evaluation]
+    assert sorted(i for part in parts for i in part.index) == list(range(569))
+    found = [set(part.itertuples(index=False, name=None)) for part in parts]
+    assert sum(map(len, found)) == len(frame.drop_duplicates()) < 569
+    assert 0.4 < len(split.train) / 569 < 0.6
+
+
+def test_classes_may_be_spelled_as_pandas_spells_missing_values(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("a,y\n1,None\n2,NA \n")
+    assert load_table(path, target="y").schema.categories == ("NA", "None")
+
+
+def test_heloc_with_another_column_is_refused(tmp_path: Path) -> None:
+    lines = write_heloc(tmp_path / "h.csv").read_text().splitlines()
+    path = tmp_path / "more.csv"
+    path.write_text("\n".join([f"{lines[0]},id", *(f"{line},{i}" for i, line in enumerate(lines[1:]))]))
+    with pytest.raises(ValueError, match=r"has the columns of HELOC and \['id'\]: remove these"):
+        load_table(path, target="RiskPerformance")
 
 
 def test_a_schema_survives_json(cancer: Table, heloc: Table) -> None:
