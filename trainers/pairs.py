@@ -30,6 +30,7 @@ from dppo_kernels.trainers.pairs_store import (
     rows_digest,
     tokenizer_digest,
 )
+from dppo_kernels.trainers.pairs_text import TokenizedPrompt, completion_texts, tokenized_prompts
 
 _LOGGER = logging.getLogger(__name__)
 # They say where results go and what room they are made in; the rest determines them.
@@ -80,10 +81,10 @@ def make_pairs(
     data = _as_dataset(prompts, config.extra_columns)
     rewards = RewardSum(reward, config.reward_weights)
     sampling = _sampling(model, tokenizer, config, budget_texts)
-    ids = _tokenized(tokenizer, data["prompt"][:])
+    tokenized = tokenized_prompts(tokenizer, data)
     store = None
     if config.output_file is not None:
-        fingerprint = _fingerprint(model, tokenizer, data, ids, rewards, config, sampling)
+        fingerprint = _fingerprint(model, tokenizer, data, tokenized, rewards, config, sampling)
         store = ShardFolder(Path(config.output_file), fingerprint)
     sampler: Sampler | None = None
     outcomes: list[PromptOutcome] = []
@@ -92,10 +93,12 @@ def make_pairs(
         if shard is None:
             if sampler is None:  # a vLLM engine takes long to start: not where nothing is left to do
                 sampler = _sampler(model, config, engine)
-                _check_lengths(ids, sampling.max_tokens, sampler.context_length)
+                _check_lengths(tokenized, sampling.max_tokens, sampler.context_length)
             rows = range(first, min(first + config.batch_size, len(data)))
-            completions = sampler([ids[row] for row in rows], first, sampling)
-            shard = _outcomes(data.select(rows), first, completions, tokenizer, rewards, config, sampling)
+            given = [tokenized[row] for row in rows]
+            completions = sampler([prompt.ids for prompt in given], first, sampling)
+            texts = [completion_texts(tokenizer, *group) for group in zip(given, completions, strict=True)]
+            shard = _outcomes(data.select(rows), first, completions, texts, rewards, config, sampling)
             if store is not None:
                 store.write(index, shard)
         outcomes += shard
@@ -121,13 +124,12 @@ def _outcomes(
     rows: Dataset,
     first_row: int,
     completions: Sequence[Sequence[list[int]]],
-    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[Sequence[str]],
     rewards: RewardSum,
     config: PairsConfig,
     sampling: Sampling,
 ) -> list[PromptOutcome]:
     """Of one batch, scored in one call of each reward function."""
-    texts = [tokenizer.batch_decode(group, skip_special_tokens=True) for group in completions]
     candidates = [
         [
             Candidate(text, i // sampling.samples, len(ids), truncated=not ids or ids[-1] not in sampling.eos_ids)
@@ -210,23 +212,13 @@ def _as_dataset(prompts: Dataset | Sequence[Any], extra_columns: Sequence[str]) 
     return data
 
 
-def _tokenized(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> list[list[int]]:
-    if isinstance(prompts[0], str):
-        ids = tokenizer(list(prompts))["input_ids"]
-    else:
-        ids = tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, return_dict=True)["input_ids"]
-    for row, tokens in enumerate(ids):
-        if not tokens:
-            raise ValueError(f"`prompts`: row {row} has no tokens: {prompts[row]!r:.200}")
-    return ids
-
-
-def _check_lengths(ids: Sequence[list[int]], budget: int, context: int | None) -> None:
-    longest = max(range(len(ids)), key=lambda row: len(ids[row]))
-    if context is not None and len(ids[longest]) + budget > context:
+def _check_lengths(prompts: Sequence[TokenizedPrompt], budget: int, context: int | None) -> None:
+    lengths = [len(prompt.ids) for prompt in prompts]
+    longest = max(lengths)
+    if context is not None and longest + budget > context:
         raise ValueError(
-            f"`prompts`: row {longest} has {len(ids[longest])} tokens, which with a completion of {budget} are more than the "
-            f"{context} that the model takes"
+            f"`prompts`: row {lengths.index(longest)} has {longest} tokens, which with a completion of {budget} are more than "
+            f"the {context} that the model takes"
         )
 
 
@@ -288,7 +280,7 @@ def _fingerprint(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     data: Dataset,
-    ids: Sequence[list[int]],
+    tokenized: Sequence[TokenizedPrompt],
     rewards: RewardSum,
     config: PairsConfig,
     sampling: Sampling,
@@ -298,7 +290,7 @@ def _fingerprint(
         "model": path_digest(str(model)) if config.use_vllm else module_digest(model),
         "device": None if config.use_vllm else model.device.type,
         "tokenizer": tokenizer_digest(tokenizer),
-        "prompts": digest_of([rows_digest(data), ids]),
+        "prompts": digest_of([rows_digest(data), tokenized]),
         "rewards": [describe_reward(function) for function in rewards.functions],
         "versions": {package: _version(package) for package in packages},
         "eos_ids": sampling.eos_ids,

@@ -13,7 +13,7 @@ from dppo_kernels.trainers.pairs_command import parse
 REWARD = """
 def length(completions, answer=None, **kwargs):
     texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-    return [len(text) + 0.1 * ord(text[:1] or "a") for text in texts]
+    return [len(text) + 0.1 * ord(text.strip()[:1] or "a") for text in texts]
 
 def needs_answers(completions, answer, **kwargs):
     return length(completions)
@@ -56,7 +56,7 @@ def test_the_whole_command(folder: Path, capsys) -> None:
         assert question["content"] == f"{int(pair['answer']) - 1}+1="
         for side in ("chosen", "rejected"):
             text = pair[side][0]["content"]
-            assert pair[f"{side}_reward"] == pytest.approx(3 * (len(text) + 0.1 * ord(text[:1] or "a")))
+            assert pair[f"{side}_reward"] == pytest.approx(3 * (len(text) + 0.1 * ord(text.strip()[:1] or "a")))
         assert pair["chosen_reward"] > pair["rejected_reward"] + 0.01
         assert {pair["chosen_temperature"], pair["rejected_temperature"]} == {0.5, 1.5}
     statistics = json.loads(Path("out/pairs.statistics.json").read_text())
