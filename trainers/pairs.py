@@ -30,7 +30,7 @@ from dppo_kernels.trainers.pairs_store import (
     rows_digest,
     tokenizer_digest,
 )
-from dppo_kernels.trainers.pairs_text import TokenizedPrompt, completion_texts, tokenized_prompts
+from dppo_kernels.trainers.pairs_text import TEMPLATE_COLUMNS, TokenizedPrompt, completion_texts, tokenized_prompts
 
 _LOGGER = logging.getLogger(__name__)
 # They say where results go and what room they are made in; the rest determines them.
@@ -58,7 +58,8 @@ def make_pairs(
         model: a causal LM of transformers (or PEFT); with `use_vllm`, the path or hub id of one.
         tokenizer: its tokenizer.
         prompts: a dataset with a column `prompt`, of strings or of chats; or a list of them. A chat's pairs are lists of one
-            message of the assistant, as TRL's DPOTrainer wants them.
+            message of the assistant, as TRL's DPOTrainer wants them. Columns `tools` and `chat_template_kwargs` are what each
+            row's chat template gets, here and in that trainer, and stay with the pairs.
         reward: one or several functions with TRL's signature, see `RewardSum`; they get the other columns of `prompts`.
         config: default: `PairsConfig()`.
         budget_texts: what completions look like, such as the texts to imitate: the longest of them in tokens, and an end token,
@@ -69,7 +70,8 @@ def make_pairs(
 
     Returns:
         The pairs, in the order of the prompts that have one: prompt, chosen, rejected, chosen_reward, rejected_reward,
-        chosen_temperature, rejected_temperature, and `extra_columns`. And what they are made of, see `PairStatistics`.
+        chosen_temperature, rejected_temperature, and `extra_columns`, those of chat templates among them. And what they are
+        made of, see `PairStatistics`.
 
     Raises:
         TypeError, ValueError: arguments outside what is said above, prompts too long for the model, or an output file whose
@@ -178,11 +180,12 @@ def _pairs(data: Dataset, outcomes: Sequence[PromptOutcome], config: PairsConfig
         columns[name] = [_answer(prompt, side.text) for prompt, side in zip(prompts, sides, strict=True)]
         columns[f"{name}_reward"] = [side.reward for side in sides]
         columns[f"{name}_temperature"] = [config.temperatures[side.temperature] for side in sides]
-    columns |= {name: kept[name][:] for name in config.extra_columns}
     is_chat = not isinstance(data[0]["prompt"], str)
+    further = [*config.extra_columns, *(name for name in TEMPLATE_COLUMNS if is_chat and name in data.column_names)]
+    columns |= {name: kept[name][:] for name in further}
     completion = List({"role": Value("string"), "content": Value("string")}) if is_chat else Value("string")
     types = dict.fromkeys(PAIR_COLUMNS, Value("float64")) | {"chosen": completion, "rejected": completion}
-    types |= {name: data.features[name] for name in ("prompt", *config.extra_columns)}
+    types |= {name: data.features[name] for name in ("prompt", *further)}
     return Dataset.from_dict({name: columns[name] for name in types}, features=Features(types))
 
 

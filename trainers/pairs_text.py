@@ -1,10 +1,14 @@
 """Prompts as tokens and completions as texts, of which TRL's DPOTrainer makes the same tokens again."""
 
+import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
+
+# Of chats: what TRL's DPOTrainer renders each row's template with.
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 
 _ANSWER = "\ue000"  # for private use: in no template
 
@@ -22,16 +26,19 @@ class TokenizedPrompt(NamedTuple):
 
 
 def tokenized_prompts(tokenizer: PreTrainedTokenizerBase, data: Dataset) -> list[TokenizedPrompt]:
-    """Of all rows.
+    """Of all rows; those of chats by their own `TEMPLATE_COLUMNS`, where the data has them.
 
     Raises:
-        ValueError: a prompt has no tokens.
+        TypeError, ValueError: a prompt has no tokens, or a row other tools or options than a template takes.
     """
     prompts = data["prompt"][:]
     if isinstance(prompts[0], str):
         tokenized = [TokenizedPrompt(ids, "") for ids in tokenizer(prompts)["input_ids"]]
     else:
-        tokenized = [_tokenized_chat(tokenizer, prompt) for prompt in prompts]
+        names = [name for name in TEMPLATE_COLUMNS if name in data.column_names]
+        rows = data.select_columns(["prompt", *names])
+        options = [_options(row, columns) for row, columns in enumerate(rows)]
+        tokenized = [_tokenized_chat(tokenizer, *chat) for chat in zip(prompts, options, strict=True)]
     for row, (ids, _) in enumerate(tokenized):
         if not ids:
             raise ValueError(f"`prompts`: row {row} has no tokens: {prompts[row]!r:.200}")
@@ -55,10 +62,27 @@ def completion_texts(
     return texts
 
 
-def _tokenized_chat(tokenizer: PreTrainedTokenizerBase, prompt: list[dict[str, Any]]) -> TokenizedPrompt:
-    asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+def _options(row: int, columns: dict[str, Any]) -> dict[str, Any]:
+    """Of a chat template, as TRL's DPOTrainer reads them."""
+    tools, options = columns.get("tools"), columns.get("chat_template_kwargs", {})
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as reason:
+            raise ValueError(f"`prompts`: row {row}: `tools` must be a list or JSON of one, got {tools!r:.200}") from reason
+    if not isinstance(tools, list | None):
+        raise TypeError(f"`prompts`: row {row}: `tools` must be a list or JSON of one, got {type(tools).__name__}")
+    if not isinstance(options, dict):
+        raise TypeError(f"`prompts`: row {row}: `chat_template_kwargs` must be a dict, got {type(options).__name__}")
+    return {"tools": tools, **options}
+
+
+def _tokenized_chat(
+    tokenizer: PreTrainedTokenizerBase, prompt: list[dict[str, Any]], options: dict[str, Any]
+) -> TokenizedPrompt:
+    asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False, **options)
     answer = {"role": "assistant", "content": _ANSWER}
-    answered = tokenizer.apply_chat_template([*prompt, answer], tokenize=False)
+    answered = tokenizer.apply_chat_template([*prompt, answer], tokenize=False, **options)
     lead = answered[len(asked) :].partition(_ANSWER)[0] if answered.startswith(asked) else ""
-    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-    return TokenizedPrompt(ids, lead)
+    encoded = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, **options)
+    return TokenizedPrompt(encoded["input_ids"], lead)

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 from dppo_kernels.trainers import PairsConfig, make_pairs
+from dppo_kernels.trainers.pairs_text import tokenized_prompts
 from tests.trainers.conftest import small_config
 
 EOS, SPACE = 1, 4
@@ -76,3 +77,37 @@ def test_trl_trains_on_what_was_sampled(small, spaced, tmp_path: Path, lead: str
             assert ids[name] == expected
             starts.append(expected[0] == SPACE)
     assert any(starts)
+
+
+def test_chat_templates_get_tools_and_options_of_each_row(small, spaced, tmp_path: Path) -> None:
+    tokenizer = copy.deepcopy(spaced)
+    tokenizer.chat_template = "{% for t in tools or [] %}{{ t.name }}={% endfor %}{{ greeting or '' }}" + TEMPLATE
+    data = Dataset.from_dict(
+        {
+            "prompt": [[{"role": "user", "content": "1+1"}]] * 4,
+            "tools": ['[{"name": "2"}]', None, None, '[{"name": "3"}, {"name": "0"}]'],
+            "chat_template_kwargs": [{"greeting": None}, {"greeting": "0"}, {}, {"greeting": "?"}],
+        }
+    )
+    rendered = ["2=<u>1+1<a>", "0<u>1+1<a>", "<u>1+1<a>", "3=0=?<u>1+1<a>"]
+    config = PairsConfig(temperatures=[1.0], samples_per_temperature=2, max_completion_length=3)
+    pairs, _ = make_pairs(small, tokenizer, data, lambda completions, **kwargs: [1.0, 0.0] * 4, config)
+    assert pairs["tools"][:] == data["tools"][:]
+    assert [prompt.ids for prompt in tokenized_prompts(tokenizer, data)] == [tokenizer(text)["input_ids"] for text in rendered]
+    found = trained_ids(small, tokenizer, pairs, tmp_path)
+    assert [tokenizer.decode(ids["prompt_ids"]) for ids in found] == rendered
+
+
+@pytest.mark.parametrize(
+    ("columns", "error", "message"),
+    [
+        ({"tools": ["[]", "add"]}, ValueError, "row 1: `tools` must be a list or JSON of one, got 'add'"),
+        ({"tools": ["[]", "{}"]}, TypeError, "row 1: `tools` must be a list or JSON of one, got dict"),
+        ({"chat_template_kwargs": ["x", "y"]}, TypeError, "row 0: `chat_template_kwargs` must be a dict, got str"),
+        ({"chat_template_kwargs": [{"a": 1}, None]}, TypeError, "row 1: `chat_template_kwargs` must be a dict, got NoneType"),
+    ],
+)
+def test_columns_that_no_template_takes(small, spaced, columns: dict[str, Any], error: type[Exception], message: str) -> None:
+    data = Dataset.from_dict({"prompt": [[{"role": "user", "content": "1"}]] * 2, **columns})
+    with pytest.raises(error, match=message):
+        make_pairs(small, spaced, data, lambda **kwargs: pytest.fail("scored"), PairsConfig(max_completion_length=3))
