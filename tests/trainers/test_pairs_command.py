@@ -79,6 +79,31 @@ def test_prompts_without_answers_and_a_budget_from_texts(folder: Path, capsys) -
     assert "of 3 prompts" in capsys.readouterr().out
 
 
+def test_rewards_and_pairs_get_the_columns_that_are_named(folder: Path) -> None:
+    rows = [{"prompt": f"{i}?", "answer": i, "level": [i, -i], "tools": f'[{{"name": "{i}"}}]', "other": i} for i in range(3)]
+    Path("columns.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("my_pair_rewards.py").write_text(
+        "def by_level(completions, level, **columns):\n"
+        "    assert sorted(columns) == ['answer', 'completion_ids', 'prompts', 'tools']\n"
+        "    return [level[i][0] + i % 4 for i in range(len(completions))]\n"
+    )
+    arguments = [
+        "--model_name_or_path",
+        "model",
+        "--dataset_name",
+        "columns.jsonl",
+        "--reward_funcs",
+        "my_pair_rewards.by_level",
+    ]
+    arguments += ["--extra_columns", "level", "answer", "--output_file", "pairs.parquet", "--max_completion_length", "3"]
+    assert cli.main(["pairs", *arguments, "--as_chat"]) == 0
+    pairs = load_dataset("parquet", data_files="pairs.parquet", split="train", cache_dir="cache")
+    assert pairs.column_names[-3:] == ["level", "answer", "tools"]
+    assert pairs["level"][:] == [[0, 0], [1, -1], [2, -2]]
+    assert pairs["tools"][:] == [row["tools"] for row in rows]
+    assert pairs["chosen_reward"][:] == [3.0, 4.0, 5.0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -97,10 +122,18 @@ def test_prompts_without_answers_and_a_budget_from_texts(folder: Path, capsys) -
         ([*NEEDED, "--reward_funcs", "length"], "`reward_funcs` holds 'length'"),
         ([*NEEDED, "--reward_funcs", "no_such_module.length"], "no_such_module"),
         ([*NEEDED, "--dataset_name", "nothing.jsonl"], "no such file"),
+        ([*NEEDED, "--without_answers"], "--without_answers: --reward_funcs math_answer compares with gold answers"),
+        ([*NEEDED, "--dataset_name", "mixed:9", "--extra_columns", "level"], "must have a column 'level'"),
+        ([*NEEDED, "--reward_weights", "1", "2"], "a weight for each of 1 functions"),
+        ([*NEEDED[:5], "--budget_file", "blank.txt"], "`budget_file` 'blank.txt' must hold texts"),
+        ([*NEEDED[:5], "--budget_file", "latin.txt"], "`budget_file` 'latin.txt' must be text in UTF-8"),
+        ([*NEEDED, "--extra_columns", "chosen"], "`extra_columns` holds 'chosen'"),
     ],
 )
 def test_usage_errors(arguments: list[str], message: str, capsys, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("blank.txt").write_text("\n \n")
+    Path("latin.txt").write_bytes(b"\xe9\n")
     with pytest.raises(SystemExit) as exit_info:
         cli.main(arguments)
     assert exit_info.value.code == 2
