@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from datasets import Dataset, Features, List, Value
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dppo_kernels.trainers.pairs_config import PAIR_COLUMNS, PairsConfig
+from dppo_kernels.trainers.pairs_fingerprint import fingerprint_of
 from dppo_kernels.trainers.pairs_generation import (
     Sampler,
     Sampling,
@@ -21,20 +21,10 @@ from dppo_kernels.trainers.pairs_generation import (
 )
 from dppo_kernels.trainers.pairs_scoring import RewardFunction, RewardSum
 from dppo_kernels.trainers.pairs_selection import Candidate, PairStatistics, PromptOutcome, pair_statistics, select_pair
-from dppo_kernels.trainers.pairs_store import (
-    ShardFolder,
-    describe_reward,
-    digest_of,
-    module_digest,
-    path_digest,
-    rows_digest,
-    tokenizer_digest,
-)
+from dppo_kernels.trainers.pairs_store import ShardFolder
 from dppo_kernels.trainers.pairs_text import TEMPLATE_COLUMNS, TokenizedPrompt, completion_texts, tokenized_prompts
 
 _LOGGER = logging.getLogger(__name__)
-# They say where results go and what room they are made in; the rest determines them.
-_NOT_FINGERPRINTED = ("output_file", "vllm_gpu_memory_utilization")
 
 
 def make_pairs(
@@ -86,7 +76,7 @@ def make_pairs(
     tokenized = tokenized_prompts(tokenizer, data)
     store = None
     if config.output_file is not None:
-        fingerprint = _fingerprint(model, tokenizer, data, tokenized, rewards, config, sampling)
+        fingerprint = fingerprint_of(model, tokenizer, data, tokenized, rewards, config, sampling)
         store = ShardFolder(Path(config.output_file), fingerprint)
     sampler: Sampler | None = None
     outcomes: list[PromptOutcome] = []
@@ -277,33 +267,3 @@ def _sampler(model: Any, config: PairsConfig, engine: Any) -> Sampler:
         "tensor_parallel_size": config.vllm_tensor_parallel_size,
     }
     return VLLMSampler(engine if engine is not None else make_engine(str(model), settings))
-
-
-def _fingerprint(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    data: Dataset,
-    tokenized: Sequence[TokenizedPrompt],
-    rewards: RewardSum,
-    config: PairsConfig,
-    sampling: Sampling,
-) -> dict[str, Any]:
-    packages = ("torch", "transformers", *(("vllm",) if config.use_vllm else ()))
-    return {
-        "model": path_digest(str(model)) if config.use_vllm else module_digest(model),
-        "device": None if config.use_vllm else model.device.type,
-        "tokenizer": tokenizer_digest(tokenizer),
-        "prompts": digest_of([rows_digest(data), tokenized]),
-        "rewards": [describe_reward(function) for function in rewards.functions],
-        "versions": {package: _version(package) for package in packages},
-        "eos_ids": sampling.eos_ids,
-        **{name: value for name, value in vars(config).items() if name not in _NOT_FINGERPRINTED},
-        "max_completion_length": sampling.max_tokens,
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -4,24 +4,17 @@ Beside ``pairs.parquet`` lie ``pairs.shards/`` (one JSON file for each batch of 
 ``pairs.statistics.json``. A run that was killed finds its shards and goes on; one that is complete makes the same file again.
 """
 
-import functools
-import hashlib
-import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-import torch
 from datasets import Dataset
 
-from dppo_kernels.trainers.pairs_scoring import reward_name
 from dppo_kernels.trainers.pairs_selection import PairStatistics, PromptOutcome
-
-_PLAIN = (str, int, float, bool, type(None))
 
 
 class ShardFolder:
@@ -74,63 +67,6 @@ class ShardFolder:
 
     def _shard(self, index: int) -> Path:
         return self.folder / f"shard-{index:06d}.json"
-
-
-def module_digest(model: Any) -> str:
-    """Of a model's class, config and weights."""
-    digest = hashlib.sha256(type(model).__name__.encode())
-    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, weight in sorted(model.state_dict().items()):
-        digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def path_digest(model: str) -> str:
-    """Of the files of a model's folder, by name, size and time of change; of a hub id, its name."""
-    folder = Path(model)
-    files = sorted(file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else []
-    stats = [(str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return digest_of([str(folder.resolve()) if folder.is_dir() else model, stats])
-
-
-def tokenizer_digest(tokenizer: Any) -> str:
-    """Of what makes tokens from texts and texts from tokens."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
-    for setting in ("padding", "truncation"):  # left over from its last call
-        rules.pop(setting, None)
-    return digest_of([rules, tokenizer.special_tokens_map, tokenizer.chat_template])
-
-
-def digest_of(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def rows_digest(prompts: Dataset) -> str:
-    """Of all columns."""
-    digest = hashlib.sha256()
-    for row in prompts.with_format(None):
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
-
-
-def describe_reward(function: Callable[..., Any]) -> list[Any]:
-    """Name, source and public plain settings: as much of a reward function as can be seen from outside."""
-    if isinstance(function, functools.partial):
-        return [*describe_reward(function.func), _plain(enumerate(function.args)), _plain(function.keywords.items())]
-    named: Any = function if hasattr(function, "__qualname__") else type(function)
-    try:
-        source = digest_of(inspect.getsource(named))
-    except (OSError, TypeError):  # built in, or typed at a prompt
-        source = None
-    settings = getattr(getattr(function, "__self__", function), "__dict__", {})  # of a method, those of its object
-    return [reward_name(function), f"{named.__module__}.{named.__qualname__}", source, _plain(settings.items())]
-
-
-def _plain(items: Iterable[tuple[Any, Any]]) -> dict[str, Any]:
-    return {str(name): value for name, value in items if not str(name).startswith("_") and isinstance(value, _PLAIN)}
 
 
 def _check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from transformers import Qwen3ForCausalLM
 
-from dppo_kernels.trainers.pairs_store import describe_reward
+from dppo_kernels.trainers.pairs_fingerprint import describe_reward
 from tests.trainers.conftest import reward_length, small_config
 from tests.trainers.pairs_worker import PROMPTS, Reward, run
 
