@@ -36,6 +36,8 @@ def make_pairs(
     *,
     budget_texts: Sequence[str] | None = None,
     engine: Any = None,
+    revision: str | None = None,
+    dtype: str | None = None,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> tuple[Dataset, PairStatistics]:
     """Generate, score and pair completions of prompts.
@@ -55,7 +57,8 @@ def make_pairs(
         budget_texts: what completions look like, such as the texts to imitate: the longest of them in tokens, and an end token,
             are the budget where `max_completion_length` is None.
         engine: a `vllm.LLM` of `model` to use with `use_vllm`; default: one is made.
-
+        revision: of a hub id, with `use_vllm`: model and generation settings are of it. Default: "main".
+        dtype: of the weights, with `use_vllm` and no `engine`, as vLLM names it. Default: "auto".
         on_batch: called after each batch with how many prompts are done.
 
     Returns:
@@ -69,14 +72,14 @@ def make_pairs(
         ImportError: `use_vllm` without vLLM.
     """
     config = config or PairsConfig()
-    _check_model(model, config.use_vllm, engine)
+    _check_model(model, config.use_vllm, engine, revision, dtype)
     data = _as_dataset(prompts, config.extra_columns)
     rewards = RewardSum(reward, config.reward_weights)
-    sampling = _sampling(model, tokenizer, config, budget_texts)
+    sampling = _sampling(_generation_settings(model, revision), tokenizer, config, budget_texts)
     tokenized = tokenized_prompts(tokenizer, data)
     store = None
     if config.output_file is not None:
-        fingerprint = fingerprint_of(model, tokenizer, data, tokenized, rewards, config, sampling)
+        fingerprint = fingerprint_of(model, tokenizer, data, tokenized, rewards, config, sampling, revision, dtype)
         store = ShardFolder(Path(config.output_file), fingerprint)
     sampler: Sampler | None = None
     outcomes: list[PromptOutcome] = []
@@ -84,7 +87,7 @@ def make_pairs(
         shard = store.read(index) if store is not None else None
         if shard is None:
             if sampler is None:  # a vLLM engine takes long to start: not where nothing is left to do
-                sampler = _sampler(model, config, engine)
+                sampler = _sampler(model, config, engine, revision, dtype)
                 _check_lengths(tokenized, sampling.max_tokens, sampler.context_length)
             rows = range(first, min(first + config.batch_size, len(data)))
             given = [tokenized[row] for row in rows]
@@ -215,16 +218,25 @@ def _check_lengths(prompts: Sequence[TokenizedPrompt], budget: int, context: int
         )
 
 
-def _check_model(model: Any, use_vllm: bool, engine: Any) -> None:
+def _check_model(model: Any, use_vllm: bool, engine: Any, revision: str | None, dtype: str | None) -> None:
     if use_vllm != isinstance(model, str | Path) or not (use_vllm or callable(getattr(model, "generate", None))):
         expected = "the path or hub id of a model, with `use_vllm=True`" if use_vllm else "a causal LM of transformers"
         raise TypeError(f"`model` must be {expected}, got {type(model).__name__}")
-    if engine is not None and not use_vllm:
-        raise ValueError("`engine` is for `use_vllm=True`")
+    for name, value in (("engine", engine), ("revision", revision), ("dtype", dtype)):
+        if value is not None and not use_vllm:
+            raise ValueError(f"`{name}` is for `use_vllm=True`")
+    for name, value in (("revision", revision), ("dtype", dtype)):
+        if not isinstance(value, str | None):
+            raise TypeError(f"`{name}` must be a string or None, got {type(value).__name__}")
+    if engine is not None and dtype is not None:
+        raise ValueError(f"`dtype`={dtype!r} is for an engine that is made here: `engine` has one")
 
 
 def _sampling(
-    model: Any, tokenizer: PreTrainedTokenizerBase, config: PairsConfig, budget_texts: Sequence[str] | None
+    settings: GenerationConfig | None,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PairsConfig,
+    budget_texts: Sequence[str] | None,
 ) -> Sampling:
     if (config.max_completion_length is None) == (budget_texts is None):
         raise ValueError(
@@ -234,7 +246,7 @@ def _sampling(
     budget = config.max_completion_length
     if budget_texts is not None:
         budget = completion_budget(tokenizer, budget_texts)
-    eos_ids = end_tokens(_generation_settings(model), tokenizer)
+    eos_ids = end_tokens(settings, tokenizer)
     if budget is None or not eos_ids:
         raise ValueError("`tokenizer` must have an end token, or the model declare one")
     return Sampling(
@@ -249,21 +261,25 @@ def _sampling(
     )
 
 
-def _generation_settings(model: Any) -> Any:
+def _generation_settings(model: Any, revision: str | None) -> GenerationConfig | None:
     if not isinstance(model, str | Path):
         return model.generation_config
     try:
-        return GenerationConfig.from_pretrained(str(model))
+        return GenerationConfig.from_pretrained(str(model), revision=revision or "main")
     except OSError:  # it has none
         return None
 
 
-def _sampler(model: Any, config: PairsConfig, engine: Any) -> Sampler:
+def _sampler(model: Any, config: PairsConfig, engine: Any, revision: str | None, dtype: str | None) -> Sampler:
     if not config.use_vllm:
         return TransformersSampler(model)
+    if engine is not None:
+        return VLLMSampler(engine)
+    given = {"revision": revision, "tokenizer_revision": revision, "dtype": dtype}
     settings = {
         "gpu_memory_utilization": config.vllm_gpu_memory_utilization,
         "max_model_len": config.vllm_max_model_length,
         "tensor_parallel_size": config.vllm_tensor_parallel_size,
+        **{name: value for name, value in given.items() if value is not None},
     }
-    return VLLMSampler(engine if engine is not None else make_engine(str(model), settings))
+    return VLLMSampler(make_engine(str(model), settings))

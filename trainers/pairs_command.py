@@ -109,6 +109,8 @@ def run_pairs(arguments: Sequence[str]) -> tuple[Dataset, PairStatistics]:
             rewards,
             config,
             budget_texts=data.budget_texts(),
+            revision=data.model_revision if config.use_vllm else None,
+            dtype=data.dtype if config.use_vllm else None,
             on_batch=lambda done: progress.update(task, completed=done),
         )
     print(statistics.summary())

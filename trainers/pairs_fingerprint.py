@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME, cached_file
 
 from dppo_kernels.trainers.pairs_config import PairsConfig
 from dppo_kernels.trainers.pairs_generation import Sampling
@@ -31,11 +32,14 @@ def fingerprint_of(
     rewards: RewardSum,
     config: PairsConfig,
     sampling: Sampling,
+    revision: str | None,
+    dtype: str | None,
 ) -> dict[str, Any]:
     """By name, in values that JSON can hold."""
     packages = ("torch", "transformers", *(("vllm",) if config.use_vllm else ()))
     return {
-        "model": path_digest(str(model)) if config.use_vllm else module_digest(model),
+        "model": path_digest(str(model), revision or "main") if config.use_vllm else module_digest(model),
+        "dtype": (dtype or "auto") if config.use_vllm else None,  # a loaded model's weights have theirs
         "device": None if config.use_vllm else model.device.type,
         "tokenizer": tokenizer_digest(tokenizer),
         "prompts": digest_of([rows_digest(data), tokenized]),
@@ -58,12 +62,23 @@ def module_digest(model: Any) -> str:
     return digest.hexdigest()
 
 
-def path_digest(model: str) -> str:
-    """Of the files of a model's folder, by name, size and time of change; of a hub id, its name."""
+def path_digest(model: str, revision: str) -> str:
+    """Of the files of a model's folder, by name, size and time of change; of a hub id, with its revision and commit."""
     folder = Path(model)
-    files = sorted(file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else []
+    if not folder.is_dir():
+        return digest_of([model, revision, _commit(model, revision)])
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
     stats = [(str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return digest_of([str(folder.resolve()) if folder.is_dir() else model, stats])
+    return digest_of([str(folder.resolve()), stats])
+
+
+def _commit(model: str, revision: str) -> str | None:
+    """What a branch of a hub's repository is at; None where it cannot be found out."""
+    try:
+        config = cached_file(model, CONFIG_NAME, revision=revision)
+    except OSError:
+        return None
+    return None if config is None else Path(config).parent.name  # the hub's cache has a folder for each commit
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

@@ -291,6 +291,14 @@ def test_options_out_of_range(changes: dict[str, Any], error: type[Exception], m
         ({"model": "a/path"}, TypeError, "`model` must be a causal LM of transformers, got str"),
         ({"use_vllm": True}, TypeError, "`model` must be the path or hub id of a model, with `use_vllm=True`, got Qwen3"),
         ({"engine": object()}, ValueError, "`engine` is for `use_vllm=True`"),
+        ({"revision": "v1"}, ValueError, "`revision` is for `use_vllm=True`"),
+        ({"dtype": "float16"}, ValueError, "`dtype` is for `use_vllm=True`"),
+        ({"model": "a/path", "use_vllm": True, "dtype": torch.half}, TypeError, "`dtype` must be a string or None, got dtype"),
+        (
+            {"model": "a/path", "use_vllm": True, "dtype": "half", "engine": object()},
+            ValueError,
+            "`dtype`='half' is for an engine that is made here",
+        ),
         ({"rows": "1+1="}, TypeError, "`prompts` must be a Dataset or a list of prompts, got str"),
         ({"rows": []}, ValueError, "`prompts` must not be empty"),
         ({"rows": [1, 2]}, ValueError, "row 0 must hold a string or a list of messages, got 1"),
@@ -314,12 +322,12 @@ def test_bad_arguments_fail_before_any_work(
 ) -> None:
     monkeypatch.setattr(model, "generate", lambda **kwargs: pytest.fail("generated"))
     settings = {"max_completion_length": BUDGET, "output_file": str(tmp_path / "pairs.parquet"), **changes}
-    arguments = {"model": model, "rows": rows, "budget_texts": None, "engine": None}
+    arguments = {"model": model, "rows": rows, "budget_texts": None, "engine": None, "revision": None, "dtype": None}
     arguments = {name: settings.pop(name, value) for name, value in arguments.items()}
     with pytest.raises(error, match=message):
         make_pairs(
             arguments["model"], tokenizer, arguments["rows"], reward_length, PairsConfig(**settings),
-            budget_texts=arguments["budget_texts"], engine=arguments["engine"],
+            **{name: arguments[name] for name in ("budget_texts", "engine", "revision", "dtype")},
         )  # fmt: skip
     assert not list(tmp_path.iterdir())
 

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from datasets import load_dataset
@@ -102,6 +103,22 @@ def test_rewards_and_pairs_get_the_columns_that_are_named(folder: Path) -> None:
     assert pairs["level"][:] == [[0, 0], [1, -1], [2, -2]]
     assert pairs["tools"][:] == [row["tools"] for row in rows]
     assert pairs["chosen_reward"][:] == [3.0, 4.0, 5.0]
+
+
+def test_vllm_gets_the_revision_and_the_dtype(folder: Path, monkeypatch) -> None:
+    given: list[dict] = []
+
+    def start(**settings: object) -> None:
+        given.append(settings)
+        raise RuntimeError("started")
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=start))
+    arguments = [*NEEDED, "--use_vllm", "--dataset_name", "texts.jsonl", "--without_answers"]
+    arguments[2] = "model"
+    arguments += ["--reward_funcs", "my_pair_rewards.length", "--model_revision", "v1", "--dtype", "float16"]
+    with pytest.raises(RuntimeError, match="started"):
+        cli.main(arguments)
+    assert given[0].items() >= {"revision": "v1", "tokenizer_revision": "v1", "dtype": "float16"}.items()
 
 
 @pytest.mark.parametrize(
