@@ -2,7 +2,9 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from dppo_kernels.trainers.pairs_generation import (
 )
 from dppo_kernels.trainers.pairs_scoring import RewardFunction, RewardSum
 from dppo_kernels.trainers.pairs_selection import Candidate, PairStatistics, PromptOutcome, pair_statistics, select_pair
-from dppo_kernels.trainers.pairs_store import ShardFolder
+from dppo_kernels.trainers.pairs_store import ShardFolder, opened_shards
 from dppo_kernels.trainers.pairs_text import TEMPLATE_COLUMNS, TokenizedPrompt, completion_texts, tokenized_prompts
 
 _LOGGER = logging.getLogger(__name__)
@@ -77,31 +79,32 @@ def make_pairs(
     rewards = RewardSum(reward, config.reward_weights)
     sampling = _sampling(_generation_settings(model, revision), tokenizer, config, budget_texts)
     tokenized = tokenized_prompts(tokenizer, data)
-    store = None
+    make_sampler = partial(_sampler, model, tokenized, sampling.max_tokens, config, engine, revision, dtype)
+    # A vLLM engine takes long to start: not where nothing is left to do.
+    sampler = None if config.use_vllm and engine is None else make_sampler()
+    opened: AbstractContextManager[ShardFolder | None] = nullcontext()
     if config.output_file is not None:
         fingerprint = fingerprint_of(model, tokenizer, data, tokenized, rewards, config, sampling, revision, dtype)
-        store = ShardFolder(Path(config.output_file), fingerprint)
-    sampler: Sampler | None = None
+        opened = opened_shards(Path(config.output_file), fingerprint)
     outcomes: list[PromptOutcome] = []
-    for index, first in enumerate(range(0, len(data), config.batch_size)):
-        shard = store.read(index) if store is not None else None
-        if shard is None:
-            if sampler is None:  # a vLLM engine takes long to start: not where nothing is left to do
-                sampler = _sampler(model, config, engine, revision, dtype)
-                _check_lengths(tokenized, sampling.max_tokens, sampler.context_length)
-            rows = range(first, min(first + config.batch_size, len(data)))
-            given = [tokenized[row] for row in rows]
-            completions = sampler([prompt.ids for prompt in given], first, sampling)
-            texts = [completion_texts(tokenizer, *group) for group in zip(given, completions, strict=True)]
-            shard = _outcomes(data.select(rows), first, completions, texts, rewards, config, sampling)
-            if store is not None:
-                store.write(index, shard)
-        outcomes += shard
-        on_batch(len(outcomes))
-    statistics = pair_statistics(outcomes, config.temperatures)
-    pairs = _pairs(data, outcomes, config)
-    if store is not None:
-        store.finish(pairs, statistics)
+    with opened as store:
+        for index, first in enumerate(range(0, len(data), config.batch_size)):
+            shard = store.read(index) if store is not None else None
+            if shard is None:
+                sampler = sampler or make_sampler()
+                rows = range(first, min(first + config.batch_size, len(data)))
+                given = [tokenized[row] for row in rows]
+                completions = sampler([prompt.ids for prompt in given], first, sampling)
+                texts = [completion_texts(tokenizer, *group) for group in zip(given, completions, strict=True)]
+                shard = _outcomes(data.select(rows), first, completions, texts, rewards, config, sampling)
+                if store is not None:
+                    store.write(index, shard)
+            outcomes += shard
+            on_batch(len(outcomes))
+        statistics = pair_statistics(outcomes, config.temperatures)
+        pairs = _pairs(data, outcomes, config)
+        if store is not None:
+            store.finish(pairs, statistics)
     _LOGGER.info("preference pairs\n%s", statistics.summary())
     if not statistics.pairs:
         _LOGGER.warning("no prompt gave a pair: rewards of its completions differ by no more than `min_gap`=%g", config.min_gap)
@@ -208,16 +211,6 @@ def _as_dataset(prompts: Dataset | Sequence[Any], extra_columns: Sequence[str]) 
     return data
 
 
-def _check_lengths(prompts: Sequence[TokenizedPrompt], budget: int, context: int | None) -> None:
-    lengths = [len(prompt.ids) for prompt in prompts]
-    longest = max(lengths)
-    if context is not None and longest + budget > context:
-        raise ValueError(
-            f"`prompts`: row {lengths.index(longest)} has {longest} tokens, which with a completion of {budget} are more than "
-            f"the {context} that the model takes"
-        )
-
-
 def _check_model(model: Any, use_vllm: bool, engine: Any, revision: str | None, dtype: str | None) -> None:
     if use_vllm != isinstance(model, str | Path) or not (use_vllm or callable(getattr(model, "generate", None))):
         expected = "the path or hub id of a model, with `use_vllm=True`" if use_vllm else "a causal LM of transformers"
@@ -270,16 +263,35 @@ def _generation_settings(model: Any, revision: str | None) -> GenerationConfig |
         return None
 
 
-def _sampler(model: Any, config: PairsConfig, engine: Any, revision: str | None, dtype: str | None) -> Sampler:
+def _sampler(
+    model: Any,
+    prompts: Sequence[TokenizedPrompt],
+    budget: int,
+    config: PairsConfig,
+    engine: Any,
+    revision: str | None,
+    dtype: str | None,
+) -> Sampler:
+    """One that takes prompts of these lengths."""
+    sampler: Sampler
     if not config.use_vllm:
-        return TransformersSampler(model)
-    if engine is not None:
-        return VLLMSampler(engine)
-    given = {"revision": revision, "tokenizer_revision": revision, "dtype": dtype}
-    settings = {
-        "gpu_memory_utilization": config.vllm_gpu_memory_utilization,
-        "max_model_len": config.vllm_max_model_length,
-        "tensor_parallel_size": config.vllm_tensor_parallel_size,
-        **{name: value for name, value in given.items() if value is not None},
-    }
-    return VLLMSampler(make_engine(str(model), settings))
+        sampler = TransformersSampler(model)
+    elif engine is not None:
+        sampler = VLLMSampler(engine)
+    else:
+        given = {"revision": revision, "tokenizer_revision": revision, "dtype": dtype}
+        settings = {
+            "gpu_memory_utilization": config.vllm_gpu_memory_utilization,
+            "max_model_len": config.vllm_max_model_length,
+            "tensor_parallel_size": config.vllm_tensor_parallel_size,
+            **{name: value for name, value in given.items() if value is not None},
+        }
+        sampler = VLLMSampler(make_engine(str(model), settings))
+    lengths, context = [len(prompt.ids) for prompt in prompts], sampler.context_length
+    longest = max(lengths)
+    if context is not None and longest + budget > context:
+        raise ValueError(
+            f"`prompts`: row {lengths.index(longest)} has {longest} tokens, which with a completion of {budget} are more than "
+            f"the {context} that the model takes"
+        )
+    return sampler

@@ -1,5 +1,6 @@
 """``dppo pairs``: preference pairs from a model, prompts and rewards, written to a file that TRL's DPOTrainer reads."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,6 +85,8 @@ def parse(arguments: Sequence[str]) -> tuple[PairsArguments, PairsConfig, list[C
         parser.error(f"--reward_funcs {NO_REWARD}: pairs are chosen by a reward")
     if data.dtype not in ("auto", "float32", "bfloat16", "float16"):
         parser.error(f"--dtype must be auto, float32, bfloat16 or float16, got {data.dtype}")
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        parser.error(f"WORLD_SIZE is {processes}: pairs are made by one process, so start it without a launcher")
     try:
         data.budget_texts()
         rewards = data.rewards()

@@ -157,6 +157,14 @@ def test_usage_errors(arguments: list[str], message: str, capsys, tmp_path: Path
     assert message in capsys.readouterr().err
 
 
+def test_several_processes(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(NEEDED)
+    assert exit_info.value.code == 2
+    assert "WORLD_SIZE is 2: pairs are made by one process" in capsys.readouterr().err
+
+
 def test_help_lists_the_options(capsys) -> None:
     with pytest.raises(SystemExit) as exit_info:
         cli.main(["pairs", "--help"])

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,6 +76,7 @@ def test_a_process_that_was_killed_goes_on(tmp_path: Path, folder: str, whole: P
     run(folder, str(file), rest)
     assert rest._calls == 2
     assert contents(file) == contents(whole)
+    assert not [*tmp_path.rglob("*.tmp")]
 
 
 def test_a_complete_run_is_read_again(folder: str, whole: Path, tmp_path: Path) -> None:
@@ -144,6 +146,42 @@ def test_a_file_of_unknown_origin_is_not_written_over(folder: str, tmp_path: Pat
     with pytest.raises(ValueError, match=r"exists, and .* does not say what it was made from"):
         run(folder, str(file), Reward(stop_at=0))
     assert file.read_bytes() == b"mine"
+
+
+def test_shards_of_unknown_origin_are_not_read(folder: str, whole: Path, tmp_path: Path) -> None:
+    file = tmp_path / "pairs.parquet"
+    shutil.copytree(whole.with_suffix(".shards"), file.with_suffix(".shards"))
+    (file.with_suffix(".shards") / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"pairs.shards' exists, and .* does not say what it was made from"):
+        run(folder, str(file), Reward(stop_at=0))
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("changes", [{}, {"seed": 1}], ids=["the same run", "another run"])
+def test_one_run_at_a_time(folder: str, whole: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    """The second starts before the first has a shard, and again behind the first one."""
+    file = str(tmp_path / "pairs.parquet")
+    refused = []
+    first = Reward()
+
+    def reward(*args: Any, **kwargs: Any) -> list[float | None]:
+        if first._calls < 2:
+            with pytest.raises(ValueError, match=r"pairs.parquet' is being made by another run, which has '.*manifest.json'"):
+                run(folder, file, Reward(stop_at=0), **changes)
+            refused.append(sorted(path.name for path in tmp_path.rglob("shard-*")))
+        return first(*args, **kwargs)
+
+    run(folder, file, reward)
+    assert refused == [[], ["shard-000000.json"]]
+    assert contents(Path(file)) == contents(whole)
+
+
+def test_a_run_that_made_nothing_is_in_nobodys_way(folder: str, whole: Path, tmp_path: Path) -> None:
+    file = tmp_path / "pairs.parquet"
+    with pytest.raises(RuntimeError, match="the reward failed"):
+        run(folder, str(file), Reward(stop_at=0), seed=1)
+    run(folder, str(file), Reward())
+    assert contents(file) == contents(whole)
 
 
 def scaled(completions: list[str], scale: float) -> list[float]:
