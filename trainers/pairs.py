@@ -46,7 +46,8 @@ def make_pairs(
 
     With an `output_file`, a run that was stopped goes on where it was and writes the file that an uninterrupted one does, bit
     for bit, if its rewards depend on nothing but their arguments (and, with vLLM, if the engine's kernels do not round by what
-    else is in a batch). Shards stay beside the file; remove them when it is no longer to be continued.
+    else is in a batch). Shards stay beside the file; remove them when it is no longer to be continued. What is seen of reward
+    functions, to tell runs apart, says `describe_reward`.
 
     Args:
         model: a causal LM of transformers (or PEFT); with `use_vllm`, the path or hub id of one.
@@ -70,7 +71,7 @@ def make_pairs(
 
     Raises:
         TypeError, ValueError: arguments outside what is said above, prompts too long for the model, or an output file whose
-            folder of shards is of a run with another model, prompts, rewards or options.
+            folder of shards is in use, or of a run with another model, prompts, rewards or options.
         ImportError: `use_vllm` without vLLM.
     """
     config = config or PairsConfig()

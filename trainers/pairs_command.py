@@ -26,7 +26,7 @@ class PairsArguments(DataArguments):
 
     Args:
         model_name_or_path: a folder or hub id of a causal LM. Needed.
-        model_revision: of a hub id.
+        model_revision: of a hub id, model and tokenizer.
         dtype: of the weights: "auto", "float32", "bfloat16" or "float16".
         device: default: the first GPU, or the CPU where there is none. (vLLM takes what it finds.)
         without_answers: read no gold answers, for rewards that need none.

@@ -37,7 +37,7 @@ class PairsConfig:
             that a truncated one that is chosen teaches the model to stop short.
         min_gap: a pair is kept where best - worst > min_gap, strictly.
         reward_weights: of the reward functions; None for 1 each.
-        extra_columns: columns of the prompts that the pairs keep.
+        extra_columns: columns of the prompts that the pairs keep; on the command line, also what rewards get beside the answer.
         batch_size: prompts generated at a time, which are a shard of the output. Results depend on it.
         seed: of all completions.
         output_file: a .parquet file; None keeps the pairs in memory.
