@@ -62,8 +62,8 @@ class DataArguments:
         """The reward functions, imported."""
         return [self._reward(name) for name in self.reward_funcs if name != NO_REWARD]
 
-    def prompts(self, with_answers: bool) -> Dataset:
-        """The prompts as they are in the data, before `as_chat`."""
+    def prompts(self, with_answers: bool, columns: Sequence[str] = (), optional_columns: Sequence[str] = ()) -> Dataset:
+        """The prompts as they are in the data, before `as_chat`, and further columns."""
         return load_prompts(
             self.dataset_name,
             config=self.dataset_config,
@@ -72,6 +72,8 @@ class DataArguments:
             template=MATH_TEMPLATE if self.prompt_template == "math" else self.prompt_template,
             limit=self.dataset_limit,
             with_answers=with_answers,
+            columns=columns,
+            optional_columns=optional_columns,
         )
 
     def _reward(self, name: str) -> Callable[..., Any]:

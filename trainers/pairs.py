@@ -2,8 +2,9 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from datasets import Dataset, Features, List, Value
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dppo_kernels.trainers.pairs_config import PAIR_COLUMNS, PairsConfig
+from dppo_kernels.trainers.pairs_fingerprint import fingerprint_of
 from dppo_kernels.trainers.pairs_generation import (
     Sampler,
     Sampling,
@@ -21,19 +23,10 @@ from dppo_kernels.trainers.pairs_generation import (
 )
 from dppo_kernels.trainers.pairs_scoring import RewardFunction, RewardSum
 from dppo_kernels.trainers.pairs_selection import Candidate, PairStatistics, PromptOutcome, pair_statistics, select_pair
-from dppo_kernels.trainers.pairs_store import (
-    ShardFolder,
-    describe_reward,
-    digest_of,
-    module_digest,
-    path_digest,
-    rows_digest,
-    tokenizer_digest,
-)
+from dppo_kernels.trainers.pairs_store import ShardFolder, opened_shards
+from dppo_kernels.trainers.pairs_text import TEMPLATE_COLUMNS, TokenizedPrompt, completion_texts, tokenized_prompts
 
 _LOGGER = logging.getLogger(__name__)
-# They say where results go and what room they are made in; the rest determines them.
-_NOT_FINGERPRINTED = ("output_file", "vllm_gpu_memory_utilization")
 
 
 def make_pairs(
@@ -45,65 +38,74 @@ def make_pairs(
     *,
     budget_texts: Sequence[str] | None = None,
     engine: Any = None,
+    revision: str | None = None,
+    dtype: str | None = None,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> tuple[Dataset, PairStatistics]:
     """Generate, score and pair completions of prompts.
 
     With an `output_file`, a run that was stopped goes on where it was and writes the file that an uninterrupted one does, bit
     for bit, if its rewards depend on nothing but their arguments (and, with vLLM, if the engine's kernels do not round by what
-    else is in a batch). Shards stay beside the file; remove them when it is no longer to be continued.
+    else is in a batch). Shards stay beside the file; remove them when it is no longer to be continued. What is seen of reward
+    functions, to tell runs apart, says `describe_reward`.
 
     Args:
         model: a causal LM of transformers (or PEFT); with `use_vllm`, the path or hub id of one.
         tokenizer: its tokenizer.
         prompts: a dataset with a column `prompt`, of strings or of chats; or a list of them. A chat's pairs are lists of one
-            message of the assistant, as TRL's DPOTrainer wants them.
+            message of the assistant, as TRL's DPOTrainer wants them. Columns `tools` and `chat_template_kwargs` are what each
+            row's chat template gets, here and in that trainer, and stay with the pairs.
         reward: one or several functions with TRL's signature, see `RewardSum`; they get the other columns of `prompts`.
         config: default: `PairsConfig()`.
         budget_texts: what completions look like, such as the texts to imitate: the longest of them in tokens, and an end token,
             are the budget where `max_completion_length` is None.
         engine: a `vllm.LLM` of `model` to use with `use_vllm`; default: one is made.
-
+        revision: of a hub id, with `use_vllm`: model and generation settings are of it. Default: "main".
+        dtype: of the weights, with `use_vllm` and no `engine`, as vLLM names it. Default: "auto".
         on_batch: called after each batch with how many prompts are done.
 
     Returns:
         The pairs, in the order of the prompts that have one: prompt, chosen, rejected, chosen_reward, rejected_reward,
-        chosen_temperature, rejected_temperature, and `extra_columns`. And what they are made of, see `PairStatistics`.
+        chosen_temperature, rejected_temperature, and `extra_columns`, those of chat templates among them. And what they are
+        made of, see `PairStatistics`.
 
     Raises:
         TypeError, ValueError: arguments outside what is said above, prompts too long for the model, or an output file whose
-            folder of shards is of a run with another model, prompts, rewards or options.
+            folder of shards is in use, or of a run with another model, prompts, rewards or options.
         ImportError: `use_vllm` without vLLM.
     """
     config = config or PairsConfig()
-    _check_model(model, config.use_vllm, engine)
+    _check_model(model, config.use_vllm, engine, revision, dtype)
     data = _as_dataset(prompts, config.extra_columns)
     rewards = RewardSum(reward, config.reward_weights)
-    sampling = _sampling(model, tokenizer, config, budget_texts)
-    ids = _tokenized(tokenizer, data["prompt"][:])
-    store = None
+    sampling = _sampling(_generation_settings(model, revision), tokenizer, config, budget_texts)
+    tokenized = tokenized_prompts(tokenizer, data)
+    make_sampler = partial(_sampler, model, tokenized, sampling.max_tokens, config, engine, revision, dtype)
+    # A vLLM engine takes long to start: not where nothing is left to do.
+    sampler = None if config.use_vllm and engine is None else make_sampler()
+    opened: AbstractContextManager[ShardFolder | None] = nullcontext()
     if config.output_file is not None:
-        fingerprint = _fingerprint(model, tokenizer, data, ids, rewards, config, sampling)
-        store = ShardFolder(Path(config.output_file), fingerprint)
-    sampler: Sampler | None = None
+        fingerprint = fingerprint_of(model, tokenizer, data, tokenized, rewards, config, sampling, revision, dtype)
+        opened = opened_shards(Path(config.output_file), fingerprint)
     outcomes: list[PromptOutcome] = []
-    for index, first in enumerate(range(0, len(data), config.batch_size)):
-        shard = store.read(index) if store is not None else None
-        if shard is None:
-            if sampler is None:  # a vLLM engine takes long to start: not where nothing is left to do
-                sampler = _sampler(model, config, engine)
-                _check_lengths(ids, sampling.max_tokens, sampler.context_length)
-            rows = range(first, min(first + config.batch_size, len(data)))
-            completions = sampler([ids[row] for row in rows], first, sampling)
-            shard = _outcomes(data.select(rows), first, completions, tokenizer, rewards, config, sampling)
-            if store is not None:
-                store.write(index, shard)
-        outcomes += shard
-        on_batch(len(outcomes))
-    statistics = pair_statistics(outcomes, config.temperatures)
-    pairs = _pairs(data, outcomes, config)
-    if store is not None:
-        store.finish(pairs, statistics)
+    with opened as store:
+        for index, first in enumerate(range(0, len(data), config.batch_size)):
+            shard = store.read(index) if store is not None else None
+            if shard is None:
+                sampler = sampler or make_sampler()
+                rows = range(first, min(first + config.batch_size, len(data)))
+                given = [tokenized[row] for row in rows]
+                completions = sampler([prompt.ids for prompt in given], first, sampling)
+                texts = [completion_texts(tokenizer, *group) for group in zip(given, completions, strict=True)]
+                shard = _outcomes(data.select(rows), first, completions, texts, rewards, config, sampling)
+                if store is not None:
+                    store.write(index, shard)
+            outcomes += shard
+            on_batch(len(outcomes))
+        statistics = pair_statistics(outcomes, config.temperatures)
+        pairs = _pairs(data, outcomes, config)
+        if store is not None:
+            store.finish(pairs, statistics)
     _LOGGER.info("preference pairs\n%s", statistics.summary())
     if not statistics.pairs:
         _LOGGER.warning("no prompt gave a pair: rewards of its completions differ by no more than `min_gap`=%g", config.min_gap)
@@ -121,13 +123,12 @@ def _outcomes(
     rows: Dataset,
     first_row: int,
     completions: Sequence[Sequence[list[int]]],
-    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[Sequence[str]],
     rewards: RewardSum,
     config: PairsConfig,
     sampling: Sampling,
 ) -> list[PromptOutcome]:
     """Of one batch, scored in one call of each reward function."""
-    texts = [tokenizer.batch_decode(group, skip_special_tokens=True) for group in completions]
     candidates = [
         [
             Candidate(text, i // sampling.samples, len(ids), truncated=not ids or ids[-1] not in sampling.eos_ids)
@@ -176,11 +177,12 @@ def _pairs(data: Dataset, outcomes: Sequence[PromptOutcome], config: PairsConfig
         columns[name] = [_answer(prompt, side.text) for prompt, side in zip(prompts, sides, strict=True)]
         columns[f"{name}_reward"] = [side.reward for side in sides]
         columns[f"{name}_temperature"] = [config.temperatures[side.temperature] for side in sides]
-    columns |= {name: kept[name][:] for name in config.extra_columns}
     is_chat = not isinstance(data[0]["prompt"], str)
+    further = [*config.extra_columns, *(name for name in TEMPLATE_COLUMNS if is_chat and name in data.column_names)]
+    columns |= {name: kept[name][:] for name in further}
     completion = List({"role": Value("string"), "content": Value("string")}) if is_chat else Value("string")
     types = dict.fromkeys(PAIR_COLUMNS, Value("float64")) | {"chosen": completion, "rejected": completion}
-    types |= {name: data.features[name] for name in ("prompt", *config.extra_columns)}
+    types |= {name: data.features[name] for name in ("prompt", *further)}
     return Dataset.from_dict({name: columns[name] for name in types}, features=Features(types))
 
 
@@ -210,36 +212,25 @@ def _as_dataset(prompts: Dataset | Sequence[Any], extra_columns: Sequence[str]) 
     return data
 
 
-def _tokenized(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> list[list[int]]:
-    if isinstance(prompts[0], str):
-        ids = tokenizer(list(prompts))["input_ids"]
-    else:
-        ids = tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, return_dict=True)["input_ids"]
-    for row, tokens in enumerate(ids):
-        if not tokens:
-            raise ValueError(f"`prompts`: row {row} has no tokens: {prompts[row]!r:.200}")
-    return ids
-
-
-def _check_lengths(ids: Sequence[list[int]], budget: int, context: int | None) -> None:
-    longest = max(range(len(ids)), key=lambda row: len(ids[row]))
-    if context is not None and len(ids[longest]) + budget > context:
-        raise ValueError(
-            f"`prompts`: row {longest} has {len(ids[longest])} tokens, which with a completion of {budget} are more than the "
-            f"{context} that the model takes"
-        )
-
-
-def _check_model(model: Any, use_vllm: bool, engine: Any) -> None:
+def _check_model(model: Any, use_vllm: bool, engine: Any, revision: str | None, dtype: str | None) -> None:
     if use_vllm != isinstance(model, str | Path) or not (use_vllm or callable(getattr(model, "generate", None))):
         expected = "the path or hub id of a model, with `use_vllm=True`" if use_vllm else "a causal LM of transformers"
         raise TypeError(f"`model` must be {expected}, got {type(model).__name__}")
-    if engine is not None and not use_vllm:
-        raise ValueError("`engine` is for `use_vllm=True`")
+    for name, value in (("engine", engine), ("revision", revision), ("dtype", dtype)):
+        if value is not None and not use_vllm:
+            raise ValueError(f"`{name}` is for `use_vllm=True`")
+    for name, value in (("revision", revision), ("dtype", dtype)):
+        if not isinstance(value, str | None):
+            raise TypeError(f"`{name}` must be a string or None, got {type(value).__name__}")
+    if engine is not None and dtype is not None:
+        raise ValueError(f"`dtype`={dtype!r} is for an engine that is made here: `engine` has one")
 
 
 def _sampling(
-    model: Any, tokenizer: PreTrainedTokenizerBase, config: PairsConfig, budget_texts: Sequence[str] | None
+    settings: GenerationConfig | None,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PairsConfig,
+    budget_texts: Sequence[str] | None,
 ) -> Sampling:
     if (config.max_completion_length is None) == (budget_texts is None):
         raise ValueError(
@@ -249,7 +240,7 @@ def _sampling(
     budget = config.max_completion_length
     if budget_texts is not None:
         budget = completion_budget(tokenizer, budget_texts)
-    eos_ids = end_tokens(_generation_settings(model), tokenizer)
+    eos_ids = end_tokens(settings, tokenizer)
     if budget is None or not eos_ids:
         raise ValueError("`tokenizer` must have an end token, or the model declare one")
     return Sampling(
@@ -264,51 +255,44 @@ def _sampling(
     )
 
 
-def _generation_settings(model: Any) -> Any:
+def _generation_settings(model: Any, revision: str | None) -> GenerationConfig | None:
     if not isinstance(model, str | Path):
         return model.generation_config
     try:
-        return GenerationConfig.from_pretrained(str(model))
+        return GenerationConfig.from_pretrained(str(model), revision=revision or "main")
     except OSError:  # it has none
         return None
 
 
-def _sampler(model: Any, config: PairsConfig, engine: Any) -> Sampler:
-    if not config.use_vllm:
-        return TransformersSampler(model)
-    settings = {
-        "gpu_memory_utilization": config.vllm_gpu_memory_utilization,
-        "max_model_len": config.vllm_max_model_length,
-        "tensor_parallel_size": config.vllm_tensor_parallel_size,
-    }
-    return VLLMSampler(engine if engine is not None else make_engine(str(model), settings))
-
-
-def _fingerprint(
+def _sampler(
     model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    data: Dataset,
-    ids: Sequence[list[int]],
-    rewards: RewardSum,
+    prompts: Sequence[TokenizedPrompt],
+    budget: int,
     config: PairsConfig,
-    sampling: Sampling,
-) -> dict[str, Any]:
-    packages = ("torch", "transformers", *(("vllm",) if config.use_vllm else ()))
-    return {
-        "model": path_digest(str(model)) if config.use_vllm else module_digest(model),
-        "device": None if config.use_vllm else model.device.type,
-        "tokenizer": tokenizer_digest(tokenizer),
-        "prompts": digest_of([rows_digest(data), ids]),
-        "rewards": [describe_reward(function) for function in rewards.functions],
-        "versions": {package: _version(package) for package in packages},
-        "eos_ids": sampling.eos_ids,
-        **{name: value for name, value in vars(config).items() if name not in _NOT_FINGERPRINTED},
-        "max_completion_length": sampling.max_tokens,
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    engine: Any,
+    revision: str | None,
+    dtype: str | None,
+) -> Sampler:
+    """One that takes prompts of these lengths."""
+    sampler: Sampler
+    if not config.use_vllm:
+        sampler = TransformersSampler(model)
+    elif engine is not None:
+        sampler = VLLMSampler(engine)
+    else:
+        given = {"revision": revision, "tokenizer_revision": revision, "dtype": dtype}
+        settings = {
+            "gpu_memory_utilization": config.vllm_gpu_memory_utilization,
+            "max_model_len": config.vllm_max_model_length,
+            "tensor_parallel_size": config.vllm_tensor_parallel_size,
+            **{name: value for name, value in given.items() if value is not None},
+        }
+        sampler = VLLMSampler(make_engine(str(model), settings))
+    lengths, context = [len(prompt.ids) for prompt in prompts], sampler.context_length
+    longest = max(lengths)
+    if context is not None and longest + budget > context:
+        raise ValueError(
+            f"`prompts`: row {lengths.index(longest)} has {longest} tokens, which with a completion of {budget} are more than "
+            f"the {context} that the model takes"
+        )
+    return sampler

@@ -1,9 +1,10 @@
 """Options of preference pairs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dppo_kernels._checks import check_count, check_not_negative, check_positive
+from dppo_kernels._checks import check_count, check_not_negative, check_number, check_positive
 
 PAIR_COLUMNS = (
     "prompt",
@@ -36,12 +37,12 @@ class PairsConfig:
             that a truncated one that is chosen teaches the model to stop short.
         min_gap: a pair is kept where best - worst > min_gap, strictly.
         reward_weights: of the reward functions; None for 1 each.
-        extra_columns: columns of the prompts that the pairs keep.
+        extra_columns: columns of the prompts that the pairs keep; on the command line, also what rewards get beside the answer.
         batch_size: prompts generated at a time, which are a shard of the output. Results depend on it.
         seed: of all completions.
         output_file: a .parquet file; None keeps the pairs in memory.
         use_vllm: generate with vLLM instead of transformers.
-        vllm_gpu_memory_utilization: share of the GPU's memory for vLLM.
+        vllm_gpu_memory_utilization: share of the GPU's memory for vLLM, in (0, 1].
         vllm_max_model_length: longest prompt and completion for vLLM; None for the model's own.
         vllm_tensor_parallel_size: GPUs that vLLM splits the model over.
 
@@ -70,6 +71,7 @@ class PairsConfig:
     vllm_tensor_parallel_size: int = field(default=1, metadata={"help": "GPUs that vLLM splits the model over."})
 
     def __post_init__(self) -> None:
+        _check_list("temperatures", self.temperatures, "numbers")
         self.temperatures = list(self.temperatures)
         for temperature in self.temperatures:
             check_positive("temperatures", temperature)
@@ -93,8 +95,35 @@ class PairsConfig:
         check_not_negative("min_gap", self.min_gap)
         check_count("batch_size", self.batch_size)
         check_count("seed", self.seed, least=0)
+        if self.reward_weights is not None:
+            _check_list("reward_weights", self.reward_weights, "numbers")
+            for weight in self.reward_weights:
+                check_number("reward_weights", weight)
+        for name in ("drop_truncated", "use_vllm"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"`{name}` must be True or False, got {getattr(self, name)!r}")
+        self._check_vllm()
+        if not isinstance(self.output_file, str | Path | None):
+            raise TypeError(f"`output_file` must be a path or None, got {type(self.output_file).__name__}")
         if self.output_file is not None and Path(self.output_file).suffix != ".parquet":
             raise ValueError(f"`output_file` must end in .parquet, got {self.output_file!r}")
+        _check_list("extra_columns", self.extra_columns, "strings")
+        for column in self.extra_columns:
+            if not isinstance(column, str):
+                raise TypeError(f"`extra_columns` must hold strings, got {column!r}")
         taken = [name for name in self.extra_columns if name in PAIR_COLUMNS]
         if taken:
             raise ValueError(f"`extra_columns` holds {taken[0]!r}, which is a column of the pairs")
+
+    def _check_vllm(self) -> None:
+        check_positive("vllm_gpu_memory_utilization", self.vllm_gpu_memory_utilization)
+        if self.vllm_gpu_memory_utilization > 1:
+            raise ValueError(f"`vllm_gpu_memory_utilization` must be in (0, 1], got {self.vllm_gpu_memory_utilization}")
+        if self.vllm_max_model_length is not None:
+            check_count("vllm_max_model_length", self.vllm_max_model_length)
+        check_count("vllm_tensor_parallel_size", self.vllm_tensor_parallel_size)
+
+
+def _check_list(name: str, value: object, kind: str) -> None:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(f"`{name}` must be a list of {kind}, got {value!r}")

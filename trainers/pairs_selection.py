@@ -123,11 +123,19 @@ class PairStatistics:
     def summary(self) -> str:
         """A few lines for people."""
         lines = [
-            f"pairs      {self.pairs} of {self.prompts} prompts; dropped {self.dropped_gap} with too small a gap, "
-            f"{self.dropped_unscored} with fewer than two rewards",
+            f"pairs      {self.pairs} of {self.prompts} prompts; dropped {_counted(self.dropped_gap, self.prompts)} with too "
+            f"small a gap, {_counted(self.dropped_unscored, self.prompts)} with fewer than two rewards",
             f"generated  {self.generated_tokens} tokens in {self.completions} completions; {self.truncated} truncated, "
             f"{self.unscored} without a reward",
         ]
+        ends = (*(f"-{edge:g}" for edge in self.gap_edges[1:]), "+")
+        bins = [
+            f"{edge:g}{end} in {_counted(count, sum(self.gap_counts))}"
+            for edge, end, count in zip(self.gap_edges, ends, self.gap_counts, strict=True)
+            if count
+        ]
+        if bins:
+            lines.append(f"gaps       {', '.join(bins)}")
         if self.pairs:
             lines += [
                 f"rewards    chosen {self.chosen_reward:.4g}, rejected {self.rejected_reward:.4g}; "
@@ -198,6 +206,10 @@ def _rewards_at(temperature: int, outcomes: Sequence[PromptOutcome], count: int)
 
 def _mean(values: Sequence[float]) -> float | None:
     return math.fsum(values) / len(values) if values else None
+
+
+def _counted(part: int, whole: int) -> str:
+    return f"{part} ({part / whole:.1%})" if whole else f"{part}"
 
 
 def _share(part: int, whole: int) -> float | None:

@@ -2,52 +2,78 @@
 
 Beside ``pairs.parquet`` lie ``pairs.shards/`` (one JSON file for each batch of prompts, and the manifest) and
 ``pairs.statistics.json``. A run that was killed finds its shards and goes on; one that is complete makes the same file again.
+A run locks the manifest while it lasts.
 """
 
-import functools
-import hashlib
-import inspect
+import contextlib
+import fcntl
 import json
+import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow.parquet as pq
-import torch
 from datasets import Dataset
 
-from dppo_kernels.trainers.pairs_scoring import reward_name
 from dppo_kernels.trainers.pairs_selection import PairStatistics, PromptOutcome
 
-_PLAIN = (str, int, float, bool, type(None))
+_LOGGER = logging.getLogger(__name__)
 
 
-class ShardFolder:
-    """The shards of one output file.
+@contextlib.contextmanager
+def opened_shards(output_file: Path, fingerprint: Mapping[str, Any]) -> Iterator["ShardFolder"]:
+    """The shards of an output file, for one run at a time.
 
     Args:
         output_file: ends in .parquet.
         fingerprint: everything that determines the result, by name; values that JSON can hold.
 
     Raises:
-        ValueError: the folder holds shards of another run, saying what differs; or the output is there without its folder.
+        ValueError: another run has them open; they are of a run with another fingerprint, saying what differs; or shards or the
+            output are there without a manifest.
     """
+    store = ShardFolder(output_file)
+    if output_file.exists() and not store.manifest.exists():
+        raise _unknown(output_file, store.folder)
+    store.folder.mkdir(parents=True, exist_ok=True)
+    with store.manifest.open("a+b") as manifest:
+        _lock(manifest, output_file)
+        try:
+            store.claim(manifest, fingerprint)
+            yield store
+        finally:
+            with contextlib.suppress(OSError):  # where there are no locks
+                fcntl.flock(manifest, fcntl.LOCK_UN)  # closing would leave it locked where child processes have it open
 
-    def __init__(self, output_file: Path, fingerprint: Mapping[str, Any]) -> None:
+
+class ShardFolder:
+    """The shards of one output file, see `opened_shards`."""
+
+    def __init__(self, output_file: Path) -> None:
         self.output_file = output_file
         self.folder = output_file.with_suffix(".shards")
+        self.manifest = self.folder / "manifest.json"
         self.statistics_file = output_file.with_suffix(".statistics.json")
-        self._fingerprint = json.dumps(fingerprint, indent=1)
-        self._manifest = self.folder / "manifest.json"
-        if self._manifest.exists():
-            _check_same(self.folder, json.loads(self._manifest.read_text()), json.loads(self._fingerprint))
-        elif output_file.exists():
-            raise ValueError(
-                f"`output_file` '{output_file}' exists, and '{self.folder}' does not say what it was made from: remove it or "
-                "name another"
-            )
+
+    def claim(self, manifest: BinaryIO, fingerprint: Mapping[str, Any]) -> None:
+        """Make sure that the manifest, which is locked, is this run's."""
+        text = json.dumps(fingerprint, indent=1).encode()
+        if not (self.output_file.exists() or any(self.folder.glob("shard-*.json"))):
+            manifest.truncate(0)  # of a run that made nothing
+            manifest.write(text)
+            manifest.flush()
+            os.fsync(manifest.fileno())
+        else:
+            manifest.seek(0)
+            before = manifest.read()
+            if not before:
+                raise _unknown(self.folder, self.folder)
+            _check_same(self.folder, json.loads(before), json.loads(text))
+        for left in self.folder.glob("*.tmp"):  # by a run that was killed
+            left.unlink()
 
     def read(self, index: int) -> list[PromptOutcome] | None:
         """A shard that an earlier run finished, or None."""
@@ -58,9 +84,6 @@ class ShardFolder:
         return [PromptOutcome.from_dict(outcome) for outcome in json.loads(text)]
 
     def write(self, index: int, outcomes: Sequence[PromptOutcome]) -> None:
-        if not self._manifest.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _write(self._manifest, self._fingerprint.encode())
         _write(self._shard(index), json.dumps([asdict(outcome) for outcome in outcomes]).encode())
 
     def finish(self, pairs: Dataset, statistics: PairStatistics) -> None:
@@ -76,61 +99,23 @@ class ShardFolder:
         return self.folder / f"shard-{index:06d}.json"
 
 
-def module_digest(model: Any) -> str:
-    """Of a model's class, config and weights."""
-    digest = hashlib.sha256(type(model).__name__.encode())
-    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, weight in sorted(model.state_dict().items()):
-        digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def path_digest(model: str) -> str:
-    """Of the files of a model's folder, by name, size and time of change; of a hub id, its name."""
-    folder = Path(model)
-    files = sorted(file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else []
-    stats = [(str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return digest_of([str(folder.resolve()) if folder.is_dir() else model, stats])
-
-
-def tokenizer_digest(tokenizer: Any) -> str:
-    """Of what makes tokens from texts and texts from tokens."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
-    for setting in ("padding", "truncation"):  # left over from its last call
-        rules.pop(setting, None)
-    return digest_of([rules, tokenizer.special_tokens_map, tokenizer.chat_template])
-
-
-def digest_of(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def rows_digest(prompts: Dataset) -> str:
-    """Of all columns."""
-    digest = hashlib.sha256()
-    for row in prompts.with_format(None):
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
-
-
-def describe_reward(function: Callable[..., Any]) -> list[Any]:
-    """Name, source and public plain settings: as much of a reward function as can be seen from outside."""
-    if isinstance(function, functools.partial):
-        return [*describe_reward(function.func), _plain(enumerate(function.args)), _plain(function.keywords.items())]
-    named: Any = function if hasattr(function, "__qualname__") else type(function)
+def _lock(manifest: BinaryIO, output_file: Path) -> None:
     try:
-        source = digest_of(inspect.getsource(named))
-    except (OSError, TypeError):  # built in, or typed at a prompt
-        source = None
-    settings = getattr(getattr(function, "__self__", function), "__dict__", {})  # of a method, those of its object
-    return [reward_name(function), f"{named.__module__}.{named.__qualname__}", source, _plain(settings.items())]
+        fcntl.flock(manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"`output_file` '{output_file}' is being made by another run, which has '{manifest.name}' locked"
+        ) from None
+    except OSError as reason:  # some network file systems
+        _LOGGER.warning(
+            "%s cannot be locked (%s): make sure that no other run writes to %s", manifest.name, reason, output_file
+        )
 
 
-def _plain(items: Iterable[tuple[Any, Any]]) -> dict[str, Any]:
-    return {str(name): value for name, value in items if not str(name).startswith("_") and isinstance(value, _PLAIN)}
+def _unknown(path: Path, folder: Path) -> ValueError:
+    return ValueError(
+        f"`output_file`: '{path}' exists, and '{folder}' does not say what it was made from: remove it or name another file"
+    )
 
 
 def _check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -152,7 +137,7 @@ def _short(value: Any) -> str:
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(f"{path.name}.tmp")
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
 
 
 def _write(path: Path, content: bytes) -> None:

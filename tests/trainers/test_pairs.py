@@ -265,6 +265,19 @@ def test_no_pair_at_all(model, tokenizer, rows, tmp_path: Path, caplog) -> None:
         ({"seed": -1}, ValueError, "`seed`"),
         ({"output_file": "pairs.json"}, ValueError, "`output_file` must end in .parquet, got 'pairs.json'"),
         ({"extra_columns": ["chosen"]}, ValueError, "`extra_columns` holds 'chosen'"),
+        ({"extra_columns": "answer"}, TypeError, "`extra_columns` must be a list of strings, got 'answer'"),
+        ({"extra_columns": [1]}, TypeError, "`extra_columns` must hold strings, got 1"),
+        ({"temperatures": 5}, TypeError, "`temperatures` must be a list of numbers, got 5"),
+        ({"temperatures": "0.51"}, TypeError, "`temperatures` must be a list of numbers, got '0.51'"),
+        ({"reward_weights": 1.0}, TypeError, "`reward_weights` must be a list of numbers, got 1.0"),
+        ({"reward_weights": ["1"]}, TypeError, "`reward_weights` must be a number, got str"),
+        ({"drop_truncated": "no"}, TypeError, "`drop_truncated` must be True or False, got 'no'"),
+        ({"use_vllm": 1}, TypeError, "`use_vllm` must be True or False, got 1"),
+        ({"output_file": 3}, TypeError, "`output_file` must be a path or None, got int"),
+        ({"vllm_gpu_memory_utilization": 7.0}, ValueError, r"`vllm_gpu_memory_utilization` must be in \(0, 1\], got 7.0"),
+        ({"vllm_gpu_memory_utilization": 0.0}, ValueError, "`vllm_gpu_memory_utilization` must be positive"),
+        ({"vllm_max_model_length": -3}, ValueError, "`vllm_max_model_length` must be an int of at least 1, got -3"),
+        ({"vllm_tensor_parallel_size": 0}, ValueError, "`vllm_tensor_parallel_size` must be an int of at least 1"),
     ],
 )
 def test_options_out_of_range(changes: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -278,6 +291,14 @@ def test_options_out_of_range(changes: dict[str, Any], error: type[Exception], m
         ({"model": "a/path"}, TypeError, "`model` must be a causal LM of transformers, got str"),
         ({"use_vllm": True}, TypeError, "`model` must be the path or hub id of a model, with `use_vllm=True`, got Qwen3"),
         ({"engine": object()}, ValueError, "`engine` is for `use_vllm=True`"),
+        ({"revision": "v1"}, ValueError, "`revision` is for `use_vllm=True`"),
+        ({"dtype": "float16"}, ValueError, "`dtype` is for `use_vllm=True`"),
+        ({"model": "a/path", "use_vllm": True, "dtype": torch.half}, TypeError, "`dtype` must be a string or None, got dtype"),
+        (
+            {"model": "a/path", "use_vllm": True, "dtype": "half", "engine": object()},
+            ValueError,
+            "`dtype`='half' is for an engine that is made here",
+        ),
         ({"rows": "1+1="}, TypeError, "`prompts` must be a Dataset or a list of prompts, got str"),
         ({"rows": []}, ValueError, "`prompts` must not be empty"),
         ({"rows": [1, 2]}, ValueError, "row 0 must hold a string or a list of messages, got 1"),
@@ -301,12 +322,12 @@ def test_bad_arguments_fail_before_any_work(
 ) -> None:
     monkeypatch.setattr(model, "generate", lambda **kwargs: pytest.fail("generated"))
     settings = {"max_completion_length": BUDGET, "output_file": str(tmp_path / "pairs.parquet"), **changes}
-    arguments = {"model": model, "rows": rows, "budget_texts": None, "engine": None}
+    arguments = {"model": model, "rows": rows, "budget_texts": None, "engine": None, "revision": None, "dtype": None}
     arguments = {name: settings.pop(name, value) for name, value in arguments.items()}
     with pytest.raises(error, match=message):
         make_pairs(
             arguments["model"], tokenizer, arguments["rows"], reward_length, PairsConfig(**settings),
-            budget_texts=arguments["budget_texts"], engine=arguments["engine"],
+            **{name: arguments[name] for name in ("budget_texts", "engine", "revision", "dtype")},
         )  # fmt: skip
     assert not list(tmp_path.iterdir())
 

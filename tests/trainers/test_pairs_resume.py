@@ -1,7 +1,10 @@
 """A run of pairs that was killed goes on where it was, to the same bytes; anything else in its folder is refused."""
 
+import copy
+import dataclasses
 import functools
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import Qwen3ForCausalLM
 
-from dppo_kernels.trainers.pairs_store import describe_reward
+from dppo_kernels import __version__
+from dppo_kernels.trainers.pairs_fingerprint import describe_reward, digest_of, module_digest
 from tests.trainers.conftest import reward_length, small_config
 from tests.trainers.pairs_worker import PROMPTS, Reward, run
 
@@ -75,6 +80,7 @@ def test_a_process_that_was_killed_goes_on(tmp_path: Path, folder: str, whole: P
     run(folder, str(file), rest)
     assert rest._calls == 2
     assert contents(file) == contents(whole)
+    assert not [*tmp_path.rglob("*.tmp")]
 
 
 def test_a_complete_run_is_read_again(folder: str, whole: Path, tmp_path: Path) -> None:
@@ -146,6 +152,42 @@ def test_a_file_of_unknown_origin_is_not_written_over(folder: str, tmp_path: Pat
     assert file.read_bytes() == b"mine"
 
 
+def test_shards_of_unknown_origin_are_not_read(folder: str, whole: Path, tmp_path: Path) -> None:
+    file = tmp_path / "pairs.parquet"
+    shutil.copytree(whole.with_suffix(".shards"), file.with_suffix(".shards"))
+    (file.with_suffix(".shards") / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"pairs.shards' exists, and .* does not say what it was made from"):
+        run(folder, str(file), Reward(stop_at=0))
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("changes", [{}, {"seed": 1}], ids=["the same run", "another run"])
+def test_one_run_at_a_time(folder: str, whole: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    """The second starts before the first has a shard, and again behind the first one."""
+    file = str(tmp_path / "pairs.parquet")
+    refused = []
+    first = Reward()
+
+    def reward(*args: Any, **kwargs: Any) -> list[float | None]:
+        if first._calls < 2:
+            with pytest.raises(ValueError, match=r"pairs.parquet' is being made by another run, which has '.*manifest.json'"):
+                run(folder, file, Reward(stop_at=0), **changes)
+            refused.append(sorted(path.name for path in tmp_path.rglob("shard-*")))
+        return first(*args, **kwargs)
+
+    run(folder, file, reward)
+    assert refused == [[], ["shard-000000.json"]]
+    assert contents(Path(file)) == contents(whole)
+
+
+def test_a_run_that_made_nothing_is_in_nobodys_way(folder: str, whole: Path, tmp_path: Path) -> None:
+    file = tmp_path / "pairs.parquet"
+    with pytest.raises(RuntimeError, match="the reward failed"):
+        run(folder, str(file), Reward(stop_at=0), seed=1)
+    run(folder, str(file), Reward())
+    assert contents(file) == contents(whole)
+
+
 def scaled(completions: list[str], scale: float) -> list[float]:
     return [scale * x for x in reward_length(completions)]
 
@@ -166,3 +208,125 @@ def test_settings_of_rewards_are_told_apart() -> None:
         assert describe_reward(make(2.0)) != describe_reward(make(3.0))
     assert describe_reward(scaled) != describe_reward(reward_length)
     assert json.dumps(describe_reward(len))  # without source
+
+
+@dataclasses.dataclass
+class Options:
+    scale: float
+    words: tuple[str, ...] = ()
+
+
+def nonlocal_scale(scale: Any) -> Any:
+    return lambda completions, **kwargs: scaled(completions, scale)
+
+
+def default_scale(scale: Any) -> Any:
+    def reward(completions: list[str], by: Any = scale, **kwargs: Any) -> list[float]:
+        return scaled(completions, by)
+
+    return reward
+
+
+def keyword_default(scale: Any) -> Any:
+    def reward(completions: list[str], *, by: Any = scale, **kwargs: Any) -> list[float]:
+        return scaled(completions, by)
+
+    return reward
+
+
+def decorated(scale: Any) -> Any:
+    @functools.wraps(scaled)
+    def reward(**kwargs: Any) -> Any:
+        return inner(**kwargs)
+
+    inner = nonlocal_scale(scale)
+    return reward
+
+
+WAYS = [Scaled, lambda x: Scaled(x).score, lambda x: functools.partial(scaled, scale=x), lambda x: functools.partial(scaled, x)]
+WAYS += [nonlocal_scale, default_scale, keyword_default, decorated, lambda x: functools.partial(nonlocal_scale(x), 1)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (2.0, 3.0),
+        ([1, 2], [2, 1]),
+        ((1, [2]), (1, [3])),
+        ({"a": {"b": 1}}, {"a": {"b": 2}}),
+        ({"a"}, {"b"}),
+        (list(range(200)), list(range(201))),
+        (nonlocal_scale(1), nonlocal_scale(2)),
+        (Options(1.0), Options(2.0)),
+        (torch.nn.Linear, torch.nn.Module),
+    ],
+    ids=["number", "list", "nested", "dict", "set", "long", "function", "dataclass", "class"],
+)
+def test_whatever_holds_a_reward_s_settings(way: Any, one: Any, other: Any) -> None:
+    def described(value: Any) -> str:
+        return json.dumps(describe_reward(way(value)))
+
+    assert described(one) == described(copy.deepcopy(one))
+    assert described(one) != described(other)
+    assert len(described(one)) < 1500
+
+
+def test_states_of_rewards_are_no_settings() -> None:
+    """What a name says is private, and objects whose insides are not for others to see."""
+    described = {json.dumps(describe_reward(nonlocal_scale(model))) for model in (torch.nn.Linear(1, 1), torch.nn.Linear(2, 2))}
+    assert len(described) == 1
+
+    def calls(_seen: list[int]) -> Any:
+        return lambda completions, **kwargs: _seen
+
+    assert describe_reward(calls([])) == describe_reward(calls([1]))
+    circle: list[Any] = []
+    circle.append(circle)
+    assert json.dumps(describe_reward(nonlocal_scale(circle)))
+
+    def recursive(completions: list[str], **kwargs: Any) -> Any:
+        return recursive(completions[1:])
+
+    assert json.dumps(describe_reward(recursive))
+
+
+def test_adapters_are_part_of_a_model(model) -> None:
+    def wrapped(**changes: Any) -> Any:
+        torch.manual_seed(0)
+        options = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, **changes}
+        return get_peft_model(copy.deepcopy(model), LoraConfig(task_type="CAUSAL_LM", **options))
+
+    reference = module_digest(wrapped())
+    assert module_digest(wrapped()) == reference
+    assert module_digest(wrapped(lora_alpha=8)) != reference
+    assert module_digest(wrapped(use_rslora=True)) != reference
+    lora = wrapped()
+    with lora.disable_adapter():
+        assert module_digest(lora) != reference
+    assert module_digest(lora) == reference
+    lora.add_adapter("other", LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]))
+    both = module_digest(lora)
+    lora.set_adapter("other")
+    assert module_digest(lora) != both
+    prompt = get_peft_model(model, PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    enabled = module_digest(prompt)
+    with prompt.disable_adapter():
+        assert module_digest(prompt) != enabled
+
+
+def test_digests_do_not_hang_on_the_order_of_a_set() -> None:
+    """Such as an adapter's target modules, which every process hashes in its own way."""
+    names = [f"{i:02d}_proj" for i in range(50)]
+    assert digest_of({"target_modules": set(names)}) == digest_of({"target_modules": names})
+
+
+def test_kernels_of_attention_are_part_of_a_model(model) -> None:
+    before = module_digest(model)
+    model.set_attn_implementation("eager" if model.config._attn_implementation != "eager" else "sdpa")
+    assert module_digest(model) != before
+
+
+def test_the_version_of_this_package_is_in_the_manifest(whole: Path) -> None:
+    manifest = json.loads((whole.with_suffix(".shards") / "manifest.json").read_text())
+    assert manifest["versions"]["dppo-kernels"] == __version__

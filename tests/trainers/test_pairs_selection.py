@@ -72,6 +72,8 @@ def test_statistics_of_constructed_rewards() -> None:
     assert (values["dropped_gap_share"], values["dropped_unscored_share"], values["truncated_share"]) == (1 / 6, 1 / 6, 1 / 3)
     assert "4 of 6 prompts; dropped 1" in statistics.summary()
     assert "T = 0.8    chosen in 0.0%, rejected in 75.0%" in statistics.summary()
+    assert "dropped 1 (16.7%) with too small a gap, 1 (16.7%) with fewer than two rewards\n" in statistics.summary()
+    assert "gaps       0-0.01 in 1 (20.0%), 1-2 in 1 (20.0%), 2-5 in 2 (40.0%), 10+ in 1 (20.0%)\n" in statistics.summary()
 
 
 def test_several_samples_at_a_temperature_share_its_mean() -> None:
@@ -84,6 +86,13 @@ def test_no_pairs_have_no_means() -> None:
     assert (statistics.chosen_reward, statistics.rejected_tokens) == (None, None)
     assert statistics.as_dict()["chosen_share_by_temperature"] == [None, None]
     assert "0 of 1 prompts" in statistics.summary()
+
+
+def test_prompts_without_two_rewards_have_no_gaps() -> None:
+    summary = pair_statistics([outcome(0, 1.0, None)], (0.6, 0.8)).summary()
+    assert "1 (100.0%) with fewer than two rewards" in summary
+    assert "gaps" not in summary
+    assert pair_statistics([], (0.6, 0.8)).summary().startswith("pairs      0 of 0 prompts; dropped 0 with too small")
 
 
 def test_outcomes_survive_json() -> None:

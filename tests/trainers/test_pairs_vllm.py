@@ -1,5 +1,7 @@
 """Pairs from a vLLM engine that a transformers model plays: requests, seeds, ends, and the same pairs as without vLLM."""
 
+import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -128,6 +130,41 @@ def test_a_given_engine_and_a_finished_run(engines, model, model_path: str, toke
     (Path(model_path) / "model.safetensors").touch()
     with pytest.raises(ValueError, match="holds shards of another run: model was"):
         make_pairs(model_path, tokenizer, rows, reward, config)
+
+
+def test_the_revision_of_a_hub_id(engines, model_path: str, tokenizer, rows, tmp_path: Path, monkeypatch) -> None:
+    """It has other end tokens than the main one; a branch that has moved on is another model."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    repository = tmp_path / "hub" / "models--own--model"
+    for commit, ends in (("a" * 40, [1]), ("b" * 40, ENDS), ("c" * 40, ENDS)):
+        shutil.copytree(model_path, repository / "snapshots" / commit)
+        settings = repository / "snapshots" / commit / "generation_config.json"
+        settings.write_text(json.dumps({**json.loads(settings.read_text()), "eos_token_id": ends}))
+
+    def point(**branches: str) -> None:
+        for branch, commit in branches.items():
+            (repository / "refs").mkdir(exist_ok=True)
+            (repository / "refs" / branch).write_text(commit * 40)
+
+    def make(**which: Any) -> Any:
+        config = PairsConfig(max_completion_length=3, use_vllm=True, output_file=str(tmp_path / "pairs.parquet"))
+        return make_pairs("own/model", tokenizer, rows, reward, config, **which)
+
+    reward = by_place(4)
+    point(main="a", v1="b")
+    make(revision="v1", dtype="float16")
+    assert engines[0].settings.items() >= {"revision": "v1", "tokenizer_revision": "v1", "dtype": "float16"}.items()
+    assert engines[0].requests[0][1].stop_token_ids == ENDS
+    make(revision="v1", dtype="float16")
+    with pytest.raises(ValueError, match=r"holds shards of another run: dtype was \"float16\", is \"auto\"\. Remove"):
+        make(revision="v1")
+    with pytest.raises(ValueError, match=r"another run: eos_ids was .*; model was"):
+        make(dtype="float16")
+    point(v1="c")
+    with pytest.raises(ValueError, match=r"another run: model was [^;]*\. Remove"):
+        make(revision="v1", dtype="float16")
+    assert len(engines) == 1
 
 
 def test_prompts_too_long_for_the_engine(engines, model_path: str, tokenizer, rows) -> None:

@@ -7,12 +7,13 @@ every prompt, 1.79 million rows. In memory there are the distinct prompts and on
 import json
 import logging
 import re
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from glob import escape, glob
-from itertools import chain, islice
+from itertools import islice
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -50,6 +51,14 @@ _LOGGER = logging.getLogger(__name__)
 _Prompt = str | tuple[tuple[str, str], ...]
 
 
+class _Found(NamedTuple):
+    """Of a distinct prompt: its answer (None where answers differ), its first row, and a hash of that row's further columns."""
+
+    answer: str | None
+    row: int
+    further: int
+
+
 def load_prompts(
     source: str,
     *,
@@ -59,6 +68,8 @@ def load_prompts(
     template: str | None = None,
     limit: int | None = None,
     with_answers: bool = True,
+    columns: Sequence[str] = (),
+    optional_columns: Sequence[str] = (),
 ) -> Dataset:
     """Load distinct prompts with their gold answers, or alone.
 
@@ -79,11 +90,14 @@ def load_prompts(
             content of a chat's last user message. `MATH_TEMPLATE` asks for what the verifier reads. Default: none.
         limit: at most so many prompts, the first ones.
         with_answers: False to read no golds, for rewards that need none: the column `answer` is then missing.
+        columns: further ones to keep, as they are. Where rows with the same prompt differ in them, those of the first are kept,
+            with a warning.
+        optional_columns: the same, of those that exist.
 
     Returns:
         Columns `prompt` (strings or chats) and `answer`: strings without white space around them. Of a worked solution, only
         its result: what follows the last `####`, or the last `\\boxed{}`. Numbers are written in full and without trailing
-        zeros: 34.0 as 34, 0.5 as 0.5.
+        zeros: 34.0 as 34, 0.5 as 0.5. Then the further columns.
 
     Raises:
         ValueError: for a source that is none of these or cannot be read, missing columns, empty prompts, empty or null golds
@@ -101,6 +115,9 @@ def load_prompts(
     ):
         if not (isinstance(value, str) or (optional and value is None)):
             raise TypeError(f"`{name}` must be a string{' or None' if optional else ''}, got {type(value).__name__}")
+    for name, names in (("columns", columns), ("optional_columns", optional_columns)):
+        if isinstance(names, str) or not (isinstance(names, Sequence) and all(isinstance(column, str) for column in names)):
+            raise TypeError(f"`{name}` must be a list of strings, got {names!r:.200}")
     if template is not None and template.count(_PLACEHOLDER) != 1:
         raise ValueError(f"`template` must contain {_PLACEHOLDER} exactly once, got {template!r}")
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int)):
@@ -109,18 +126,31 @@ def load_prompts(
         raise ValueError(f"`limit` must be an int >= 1, got {limit}")
     if answer_column is not None and not with_answers:
         raise ValueError(f"`answer_column` {answer_column!r} would not be read: `with_answers` is False")
+    made = ("prompt", "answer") if with_answers else ("prompt",)
+    for name in (*columns, *optional_columns):
+        if name in made:
+            raise ValueError(f"`columns` holds {name!r}, which is there in any case")
     rows = load_rows(source, config, split)
-    distinct = _distinct(rows, source, answer_column) if with_answers else _distinct_prompts(rows, source)
+    missing = [name for name in columns if name not in rows.features]
+    if missing:
+        raise ValueError(
+            f"`source` {source!r} must have a column {missing[0]!r}; its columns are {', '.join(rows.column_names)}"
+        )
+    further = list(dict.fromkeys((*columns, *(name for name in optional_columns if name in rows.features))))
+    distinct = _distinct(rows, source, answer_column, further) if with_answers else _distinct_prompts(rows, source, further)
     kept = list(islice(distinct.items(), limit))
     is_chat = isinstance(kept[0][0], tuple)
     if any(isinstance(prompt, tuple) != is_chat for prompt, _ in kept):
         raise ValueError(f"`source` {source!r} mixes prompts that are strings with prompts that are chats")
     message = {"role": Value("string"), "content": Value("string")}
-    columns = {"prompt": [_filled(prompt, template) for prompt, _ in kept], "answer": [answer for _, answer in kept]}
-    features = {"prompt": List(message) if is_chat else Value("string"), "answer": Value("string")}
-    if not with_answers:
-        del columns["answer"], features["answer"]
-    return Dataset.from_dict(columns, features=Features(features))
+    values: dict[str, Any] = {"prompt": [_filled(prompt, template) for prompt, _ in kept]}
+    features: dict[str, Any] = {"prompt": List(message) if is_chat else Value("string")}
+    if with_answers:
+        values["answer"], features["answer"] = [found.answer for _, found in kept], Value("string")
+    if further:
+        first = rows.select_columns(further).with_format(None).select([found.row for _, found in kept])[:]
+        values, features = {**values, **first}, {**features, **{name: rows.features[name] for name in further}}
+    return Dataset.from_dict(values, features=Features(features))
 
 
 def is_generated(source: str) -> bool:
@@ -192,55 +222,78 @@ def _read(path: str, source: str, **options: Any) -> Dataset:
         raise ValueError(f"`source` {source!r} cannot be read: {error.__cause__ or str(error) or 'it is empty'}") from error
 
 
-def _distinct(dataset: Dataset, source: str, answer_column: str | None) -> dict[_Prompt, str]:
-    """Answer of each distinct prompt, in order of first appearance, without the contradictory ones."""
-    answers: dict[_Prompt, str | None] = {}  # None where answers differ
+def _distinct(dataset: Dataset, source: str, answer_column: str | None, further: list[str]) -> dict[_Prompt, _Found]:
+    """Of each distinct prompt, in order of first appearance, without those of contradictory answers."""
+    answers: dict[_Prompt, _Found] = {}
     bad, first_bad = 0, ""
+    varied: dict[_Prompt, None] = {}
     prompt_column, gold_column, is_nested = _columns(dataset, source, answer_column)
     feature = dataset.features[gold_column]
     if is_nested and isinstance(feature, dict):
         feature = feature["ground_truth"]
     float_type = _NARROW_FLOATS.get(getattr(feature, "dtype", ""), np.float64)
-    rows = dataset.select_columns(list(dict.fromkeys((prompt_column, gold_column)))).with_format(None)
-    pairs = chain.from_iterable(zip(batch[prompt_column], batch[gold_column], strict=True) for batch in rows.iter(_BATCH))
-    for row, (prompt, gold) in enumerate(pairs):
+    for row, (prompt, gold, others) in enumerate(_rows(dataset, [prompt_column, gold_column], further)):
         try:
             key, answer = _as_key(prompt), _as_answer(_ground_truth(gold) if is_nested else gold, float_type)
         except ValueError as reason:
             bad += 1
             first_bad = first_bad or f"row {row} (from 0): {reason}"
             continue
-        if answers.setdefault(key, answer) != answer:
-            answers[key] = None
+        found = answers.setdefault(key, _Found(answer, row, others))
+        if found.answer != answer:
+            answers[key] = found._replace(answer=None)
+        if found.further != others:
+            varied[key] = None
     if bad:
         raise ValueError(f"`source` {source!r}: {bad} of {len(dataset)} rows cannot be used; the first is {first_bad}")
-    distinct = {prompt: answer for prompt, answer in answers.items() if answer is not None}
+    distinct = {prompt: found for prompt, found in answers.items() if found.answer is not None}
     if len(answers) < len(dataset):
         _LOGGER.info("%s: %d rows, %d distinct prompts", source, len(dataset), len(answers))
     if len(distinct) < len(answers):
-        first = next(prompt for prompt, answer in answers.items() if answer is None)
+        first = next(prompt for prompt, found in answers.items() if found.answer is None)
         dropped = len(answers) - len(distinct)
         _LOGGER.warning("%s: dropped %d prompts that come with different answers, such as %.200r", source, dropped, first)
     if not distinct:
         raise ValueError(f"`source` {source!r} has {len(dataset)} rows, and no prompt with a single answer among them")
+    _warn_of_varied(source, further, [prompt for prompt in varied if prompt in distinct])
     return distinct
 
 
-def _distinct_prompts(dataset: Dataset, source: str) -> dict[_Prompt, str]:
-    """Distinct prompts in order of first appearance, with no answers."""
+def _distinct_prompts(dataset: Dataset, source: str, further: list[str]) -> dict[_Prompt, _Found]:
+    """Of each distinct prompt, in order of first appearance, with no answers."""
     names = [name for name in PROMPT_COLUMNS if name in dataset.features]
     if not names:
         columns = ", ".join(dataset.column_names)
         raise ValueError(f"`source` {source!r} must have a column {' or '.join(PROMPT_COLUMNS)}; its columns are {columns}")
-    distinct: dict[_Prompt, str] = {}
-    for row, prompt in enumerate(dataset.select_columns(names[:1]).with_format(None)[names[0]]):
+    distinct: dict[_Prompt, _Found] = {}
+    varied: dict[_Prompt, None] = {}
+    for row, (prompt, others) in enumerate(_rows(dataset, names[:1], further)):
         try:
-            distinct[_as_key(prompt)] = ""
+            key = _as_key(prompt)
         except ValueError as reason:
             raise ValueError(f"`source` {source!r}: row {row} (from 0) cannot be used: {reason}") from None
+        if distinct.setdefault(key, _Found("", row, others)).further != others:
+            varied[key] = None
     if not distinct:
         raise ValueError(f"`source` {source!r} has no rows")
+    _warn_of_varied(source, further, list(varied))
     return distinct
+
+
+def _rows(dataset: Dataset, names: list[str], further: list[str]) -> Iterator[tuple[Any, ...]]:
+    """Values of `names`, and a hash of those of `further`."""
+    for batch in dataset.select_columns(list(dict.fromkeys((*names, *further)))).with_format(None).iter(_BATCH):
+        hashes = [0] * len(batch[names[0]])
+        if further:
+            others = zip(*(batch[name] for name in further), strict=True)
+            hashes = [hash(json.dumps(values, sort_keys=True, default=str)) for values in others]
+        yield from zip(*(batch[name] for name in names), hashes, strict=True)
+
+
+def _warn_of_varied(source: str, further: list[str], varied: Sequence[_Prompt]) -> None:
+    if varied:
+        text = "%s: %d prompts come with different %s, of which the first is kept, such as %.200r"
+        _LOGGER.warning(text, source, len(varied), " or ".join(further), varied[0])
 
 
 def _columns(dataset: Dataset, source: str, answer_column: str | None) -> tuple[str, str, bool]:

@@ -509,3 +509,40 @@ def test_prompts_alone(tmp_path) -> None:
     file.write_text(json.dumps({"text": "one"}) + "\n")
     with pytest.raises(ValueError, match="must have a column prompt or problem or question; its columns are text"):
         load_prompts(str(file), with_answers=False)
+
+
+def test_further_columns_are_those_of_the_first_row_with_a_prompt(caplog) -> None:
+    """Prompts in rows 0 and 2, 1, 3 (whose answers differ) and 5."""
+    rows = [
+        {"problem": text, "answer": answer, "level": {"n": n, "of": [n]}, "tag": "t"}
+        for text, answer, n in (("a", 1, 0), ("b", 2, 1), ("a", 1, 2), ("c", 3, 3), ("c", 4, 3), ("d", 5, 5))
+    ]
+    write("a.jsonl", rows)
+    found = load_prompts("a.jsonl", columns=["level"], optional_columns=["tag", "nothing"])
+    assert found.column_names == ["prompt", "answer", "level", "tag"]
+    assert found["prompt"][:] == ["a", "b", "d"]
+    assert found["level"][:] == [{"n": n, "of": [n]} for n in (0, 1, 5)]
+    assert found["tag"][:] == ["t"] * 3
+    assert "1 prompts come with different level or tag, of which the first is kept, such as 'a'" in caplog.text
+    caplog.clear()
+    alone = load_prompts("a.jsonl", with_answers=False, columns=("answer", "answer"), limit=2)
+    assert (alone.column_names, alone["answer"][:]) == (["prompt", "answer"], [1, 2])
+    assert "1 prompts come with different answer, of which the first is kept, such as 'c'" in caplog.text
+    caplog.clear()
+    load_prompts("a.jsonl", columns=["tag"])
+    assert "of which the first is kept" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"columns": ["level"]}, ValueError, "must have a column 'level'; its columns are problem, answer"),
+        ({"columns": ["answer"]}, ValueError, "`columns` holds 'answer', which is there in any case"),
+        ({"optional_columns": ["prompt"], "with_answers": False}, ValueError, "`columns` holds 'prompt'"),
+        ({"columns": "level"}, TypeError, "`columns` must be a list of strings, got 'level'"),
+        ({"optional_columns": [1]}, TypeError, "`optional_columns` must be a list of strings"),
+    ],
+)
+def test_what_are_no_further_columns(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        load_prompts(write("a.jsonl", FLAT), **options)
