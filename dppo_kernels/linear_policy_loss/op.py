@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from dppo_kernels import _backend, _checks
 from dppo_kernels._handover import register_hand_over
 from dppo_kernels._lora import LoraWeight, split_head
 from dppo_kernels._numerics import compute_dtype_of, split_temperature, stat_dtype
+from dppo_kernels._shard import VocabShard, arguments, check_ranks, encode, local_ids, take_shard
 from dppo_kernels._tiling import DEFAULT_WORKSPACE_BYTES, kind_of
 from dppo_kernels.aggregate import reduction_weights
 from dppo_kernels.linear_logprobs.group_design import Design, design_on
@@ -49,6 +51,9 @@ def linear_policy_loss(
     with_entropy: bool = False,
     score_inactive: bool = False,
     return_aux: bool = False,
+    process_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
     workspace_bytes: int | None = None,
     backend: str | None = None,
     check_values: bool = False,
@@ -87,6 +92,9 @@ def linear_policy_loss(
         score_inactive: score every token that counts, so that statistics cover tokens without an advantage too (2 NHV more for
             those); loss and gradients are the same.
         return_aux: also return per-token log-probs and entropies.
+        process_group: ranks among which the head is shared out along V, as in `linear_logprobs`; like the next two.
+        vocab_start: the id of this rank's first row.
+        vocab_size: V of all ranks together.
         workspace_bytes: bound of the exponentials that exist at one time, beside a few numbers per row and vocabulary tile
             (default 40 MiB on CPU, 512 MiB on CUDA); too little for a chunk of rows, or 0, works in tiles and recomputes the
             logits: 8 NHV. See `explain_linear_policy_loss`.
@@ -104,6 +112,7 @@ def linear_policy_loss(
     Source: gradient in the forward, Liger's fused linear losses (arXiv 2410.10989); losses, see `policy_loss`.
     """
     lead = ids.shape
+    weight, bias, shard = take_shard(weight, bias, process_group, vocab_start, vocab_size)
     check_linear_arguments(hidden, weight, ids, bias, rollout_topk_ids, temperature, logit_scale, softcap)
     per_token_inputs = {"anchor_logprobs": anchor_logprobs, "ref_logprobs": ref_logprobs}
     check_policy_arguments(("ids", lead), advantages, loss_mask, spec, per_token_inputs, token_weights)
@@ -131,7 +140,13 @@ def linear_policy_loss(
             advantages,
             loss_mask,
             spec=spec,
-            head={"bias": bias, "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap},
+            head={
+                "bias": bias,
+                "temperature": temperature,
+                "logit_scale": logit_scale,
+                "softcap": softcap,
+                **arguments(shard),
+            },
             topk=(rollout_topk_ids, rollout_topk_logprobs, topk_valid),
             with_entropy=reports_entropy,
             check_values=check_values,
@@ -193,6 +208,7 @@ def linear_policy_loss(
         reports_entropy,
         score_inactive,
         needs,
+        *encode(shard),
         check_values,
         name,
     )
@@ -246,6 +262,7 @@ def _design(
     needs_gradient: bool,
     workspace_bytes: int | None,
     backend: str,
+    shard: VocabShard | None = None,
 ) -> Design:
     return design_on(
         device,
@@ -257,6 +274,7 @@ def _design(
         needs_gradient=needs_gradient,
         by_sequence=spec.ratio_level == "sequence",
         workspace_bytes=workspace_bytes,
+        shard=shard,
     )
 
 
@@ -320,18 +338,25 @@ def _op(
     with_entropy: bool,
     score_inactive: bool,
     needs: Sequence[bool],
+    group_name: str,
+    span: Sequence[int],
     check_values: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    row_or_scalar = temperature if row_temperature is None else row_temperature
+    low_rank, shard = pair(low_hidden, low_weight), VocabShard.decode(group_name, span)
+    projection = Projection(hidden, weight, bias, row_or_scalar, logit_scale, softcap, compute_dtype, low_rank, shard)
     if hidden.device.type == "cpu" or check_values:
         known = torch.where(mask, ids, IGNORED)
         known_topk = None if topk_ids is None else torch.where(mask[:, None], topk_ids, IGNORED)
         known_temperature = None if row_temperature is None else torch.where(mask, row_temperature, 1.0)
-        _checks.check_values(known, known_topk, known_temperature, weight.shape[0], IGNORED, gather_name="rollout_topk_ids")
+        check_ranks(shard, mask.shape[0])
+        _checks.check_values(known, known_topk, known_temperature, projection.vocab, IGNORED, gather_name="rollout_topk_ids")
     spec = _decode(spec_names, spec_numbers)
-    n, vocab = mask.shape[0], weight.shape[0]
-    design = _design(spec, n, sequence_length, vocab, compute_dtype, hidden.device, any(needs), workspace_bytes, backend)
-    row_or_scalar = temperature if row_temperature is None else row_temperature
+    # Behind the mask may stand anything: it must not become a column of another rank's.
+    ids, topk_ids, _ = local_ids(shard, torch.where(mask, ids, IGNORED), topk_ids, IGNORED)
+    sizes = (mask.shape[0], sequence_length, weight.shape[0])
+    design = _design(spec, *sizes, compute_dtype, hidden.device, any(needs), workspace_bytes, backend, shard)
     rows = PolicyRows(
         ids,
         mask,
@@ -345,9 +370,6 @@ def _op(
         topk_valid,
     )
     task = Task(rows, spec, sequence_length, entropy_weight, with_entropy, score_inactive)
-    projection = Projection(
-        hidden, weight, bias, row_or_scalar, logit_scale, softcap, compute_dtype, pair(low_hidden, low_weight)
-    )
     totals = Totals.empty(task, projection.dtype)
     group = GroupTask(
         projection,
@@ -395,7 +417,7 @@ def _(
     mask: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    compute_dtype, names, numbers, _, _, with_entropy, _, needs, *_ = rest[-10:]
+    compute_dtype, names, numbers, _, _, with_entropy, _, needs, *_ = rest[-12:]
     ref_logprobs = rest[3]
     dtype, spec = stat_dtype(compute_dtype), _decode(names, numbers)
     rows = hidden.new_empty(mask.shape, dtype=dtype)
