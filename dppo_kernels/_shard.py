@@ -6,7 +6,7 @@ the hidden states is one more sum, of [N, H], and that of the head is local. Sou
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,6 +16,9 @@ from torch import Tensor
 
 from dppo_kernels import _checks
 from dppo_kernels._lora import LoraWeight
+
+_Part = TypeVar("_Part")
+_Started = TypeVar("_Started")
 
 # Stands for an id that another rank holds: no column has this number, and unlike a negative id it is no padding.
 ELSEWHERE = 1 << 40
@@ -29,15 +32,12 @@ class VocabShard:
     start: int
     rows: int
     vocab: int
+    ranks: int
 
     @classmethod
     def decode(cls, group: str, span: Sequence[int]) -> "VocabShard | None":
         """Of what an op's schema can take, see `encode`."""
         return cls(group, *span) if group else None
-
-    @property
-    def ranks(self) -> int:
-        return dist.get_world_size(_group(self.group))
 
     @property
     def nominal_rows(self) -> int:
@@ -98,7 +98,7 @@ def arguments(shard: VocabShard | None) -> dict[str, Any]:
 
 def encode(shard: VocabShard | None) -> tuple[str, list[int]]:
     """As an op's schema can take it."""
-    return ("", []) if shard is None else (shard.group, [shard.start, shard.rows, shard.vocab])
+    return ("", []) if shard is None else (shard.group, [shard.start, shard.rows, shard.vocab, shard.ranks])
 
 
 def nominal_vocab(shard: VocabShard | None, rows: int) -> int:
@@ -144,18 +144,31 @@ def greatest(shard: VocabShard | None, *parts: Tensor | None) -> list[Any]:
     return Reduction(shard, parts, greatest=True).wait()
 
 
-_Head = TypeVar("_Head", Tensor, LoraWeight)
+def pipelined(
+    parts: Iterable[_Part],
+    start: Callable[[int, _Part], _Started],
+    finish: Callable[[_Part, _Started], None],
+    depth: int,
+) -> None:
+    """Start and finish all parts in order; at `depth` 2 a part's sums travel between ranks while the next one is computed."""
+    ahead: list[tuple[_Part, _Started]] = []
+    for number, part in enumerate(parts):
+        ahead.append((part, start(number, part)))
+        if len(ahead) == depth:
+            finish(*ahead.pop(0))
+    for part, started in ahead:
+        finish(part, started)
 
 
 def take_shard(
-    weight: _Head,
+    weight: Tensor | LoraWeight,
     bias: Tensor | None,
     process_group: Any,
     vocab_start: int | None,
     vocab_size: int | None,
     *,
     prefix: str = "",
-) -> tuple[_Head, Tensor | None, VocabShard | None]:
+) -> tuple[Tensor | LoraWeight, Tensor | None, VocabShard | None]:
     """(head, bias, shard): this rank's rows as plain tensors, without padding; no shard where the head is whole.
 
     Raises TypeError or ValueError for a group, a place or a DTensor that do not fit; `prefix` is of the arguments' names.
@@ -168,8 +181,8 @@ def take_shard(
         for argument, value in (("vocab_start", vocab_start), ("vocab_size", vocab_size)):
             if value is not None:
                 raise ValueError(f"`{argument}` is of a head that is shared out over a `process_group`, which is None")
-        for argument, value in ((name, base), (f"{prefix}bias", bias)):
-            if _is_dtensor(value):
+        for argument, part in ((name, base), (f"{prefix}bias", bias)):
+            if _is_dtensor(part):
                 raise ValueError(f"`{argument}` is a DTensor: pass the `process_group` it is sharded over, or full_tensor()")
         return weight, bias, None
     if not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
@@ -198,12 +211,14 @@ def take_shard(
     head: Any = base[:rows]
     if lora is not None:
         b: Any = _local_rows(f"{name}.b", lora.b, process_group)[0] if _is_dtensor(lora.b) else lora.b
-        a: Any = lora.a.to_local() if _is_dtensor(lora.a) else lora.a
+        a: Any = lora.a
+        a = a.to_local() if _is_dtensor(a) else a
         if b.dim() != 2 or b.shape[0] != given:
             raise ValueError(f"`{name}.b` must have the rows of `{name}.base`, {given}, got shape {list(b.shape)}")
         head = LoraWeight(head, a, b[:rows], lora.scale)
-    alone = dist.get_world_size(process_group) == 1
-    return head, bias, None if alone else VocabShard(process_group.group_name, vocab_start, rows, vocab_size)
+    ranks = dist.get_world_size(process_group)
+    shard = VocabShard(process_group.group_name, vocab_start, rows, vocab_size, ranks)
+    return head, bias, None if ranks == 1 else shard
 
 
 def whole_head(shard: VocabShard | None, *parts: Tensor | None) -> list[Any]:
@@ -222,7 +237,7 @@ class _AllRows(torch.autograd.Function):
         return summed(shard, whole)[0]
 
     @staticmethod
-    def backward(ctx: Any, dwhole: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dwhole: Tensor) -> tuple[Tensor, None]:
         return dwhole[ctx.shard.start : ctx.shard.start + ctx.shard.rows], None
 
 
@@ -242,5 +257,5 @@ def _local_rows(name: str, value: Any, process_group: Any) -> tuple[Tensor, int]
     return value.to_local(), min(rank * -(-value.shape[0] // ranks), value.shape[0])
 
 
-def _group(name: str) -> Any:
+def _group(name: Any) -> Any:
     return dist.distributed_c10d._resolve_process_group(name)

@@ -9,8 +9,7 @@ Where the id is so improbable that R could overflow, c is the row's largest logi
 chunk is then rewritten as dL/dz. A soft-cap's derivative is multiplied into e after it was summed.
 """
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +19,6 @@ from dppo_kernels._shard import Reduction, greatest
 from dppo_kernels._tiling import TILE_ELEMENTS, chunks
 from dppo_kernels.linear_logprobs.gradient_gemms import weight_tiles
 from dppo_kernels.linear_logprobs.projection import Projection
-
-_Part, _Started = TypeVar("_Part"), TypeVar("_Started")
 
 # Above it, e times an entry of the head could overflow; rows there are scaled by their largest logit instead.
 LARGEST_SUM = 2.0**64
@@ -136,22 +133,6 @@ class Folding:
         (top,) = greatest(self.x.shard, self.top)
         found = Exponentials(self.out, self.ids, self.anchor, self.target, self.target_slope, rest, dot, top)
         return found, gathered
-
-
-def pipelined(
-    parts: Iterable[_Part],
-    start: Callable[[int, _Part], _Started],
-    finish: Callable[[_Part, _Started], None],
-    depth: int,
-) -> None:
-    """Start and finish every part in order, the next one started before one is finished where `depth` is 2."""
-    ahead: list[tuple[_Part, _Started]] = []
-    for number, part in enumerate(parts):
-        ahead.append((part, start(number, part)))
-        if len(ahead) == depth:
-            finish(*ahead.pop(0))
-    for part, started in ahead:
-        finish(part, started)
 
 
 def gradient_operand(

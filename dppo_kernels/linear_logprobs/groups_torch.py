@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dppo_kernels._shard import pipelined
 from dppo_kernels._tiling import chunks
-from dppo_kernels.linear_logprobs.exponentials import Exponentials, Folding, Scores, gradient_operand, pipelined
+from dppo_kernels.linear_logprobs.exponentials import Exponentials, Folding, Scores, gradient_operand
 from dppo_kernels.linear_logprobs.gradient_gemms import accumulate_gradients
 from dppo_kernels.linear_logprobs.groups import GroupResult, GroupTask, runs
 

@@ -317,7 +317,7 @@ def compact_rows(projection: Projection, active: Tensor, like: CompactRows | Non
 
 
 def gather_logits(projection: Projection, weight: Tensor, rows: CompactRows, ids: Tensor) -> Tensor:
-    """Logits [N, K] of `ids` [N, K], in compacted order; 0 where an id is negative or not here, unset where a row is inactive."""
+    """Logits [N, K] of `ids` [N, K], compacted; 0 where an id is negative or not here, unset where a row is inactive."""
     n, k = ids.shape
     width = projection.hidden.shape[1]
     z = rows.hidden.new_empty((n, k), dtype=torch.float32)

@@ -8,6 +8,8 @@ strip of dweight over row chunks; both are rounded once. Only rows with upstream
 device, their count stays there. Every sum has a fixed order. FLOPs: 2 n HV a GEMM for n active rows; frozen inputs skip theirs.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -275,12 +277,12 @@ def linear_logprobs_bwd(
         plan = plan or pick_grad_plan(capability(device), weight.dtype, described, narrow=projection.narrow)
         row_chunks, columns = chunks(n, plan.chunk_rows), chunks(vocab, plan.strip_cols)
         chunk_rows = min(n, plan.chunk_rows)
-        common = (plan, described, n, projection.shard)
-        products = [_Product(projection.weight, weight, rows.hidden, wanted.hidden, wanted.weight, *common)]
+        make = functools.partial(_Product, plan=plan, described=described, n=n, shard=projection.shard)
+        products = [make(projection.weight, weight, rows.hidden, wanted.hidden, wanted.weight)]
         if projection.low_rank is not None and rows.low_rank is not None:
             low_hidden, low_weight = rows.low_rank
             needs_low = wanted.low_hidden, wanted.low_weight
-            products.append(_Product(projection.low_rank[1], low_weight, low_hidden, *needs_low, *common))
+            products.append(make(projection.low_rank[1], low_weight, low_hidden, *needs_low))
         # Whole row blocks: the recomputation writes zeros behind the last row, which the GEMMs read.
         dz = hidden.new_empty((triton.cdiv(chunk_rows, plan.block_n) * plan.block_n, plan.strip_cols), dtype=stored)
         launch = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}

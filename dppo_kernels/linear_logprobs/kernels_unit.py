@@ -11,11 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from dppo_kernels._row_stats import Upstream
-from dppo_kernels._shard import summed
+from dppo_kernels._shard import pipelined, summed
 from dppo_kernels._tiling import GradPlan, chunks
 from dppo_kernels._tl import LEAST_OTHERS, expm1_nonpositive
 from dppo_kernels._triton import INTERPRET, launch_on
-from dppo_kernels.linear_logprobs.exponentials import Exponentials, pipelined
+from dppo_kernels.linear_logprobs.exponentials import Exponentials
 from dppo_kernels.linear_logprobs.kernels import compact_rows, gather_logits
 from dppo_kernels.linear_logprobs.kernels_bwd import scatter_picked_kernel
 from dppo_kernels.linear_logprobs.kernels_exp import ChunkLauncher, Projecting, scatter_rows_kernel
@@ -151,6 +151,7 @@ def unit_gradient_fwd(
                     width,
                     BLOCK_H=block_h,
                 )
+
             pipelined(chunks(n, size), start, finish, n_slots)
             anchor, rest, dot, top = (torch.cat(x) for x in zip(*sums, strict=True))
             e_target = (target - anchor).exp()

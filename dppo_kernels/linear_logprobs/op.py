@@ -114,14 +114,14 @@ def linear_logprobs(
 
     if name == "reference":
         with torch.autocast(hidden.device.type, enabled=False):
-            weight, bias, low_weight = whole_head(shard, weight, bias, low_weight)
+            head, bias, low_weight = whole_head(shard, weight, bias, low_weight)
             if hidden.device.type == "cpu" or check_values:
-                _checks.check_values(ids, gather_ids, row_temperature, weight.shape[0], ignore_index)
+                _checks.check_values(ids, gather_ids, row_temperature, head.shape[0], ignore_index)
             # NaN in an ignored row would reach the head's gradient.
             hidden = torch.where((ids != ignore_index)[:, None], hidden, 0.0)
             values = linear_logprobs_ref(
                 hidden.to(compute_dtype),
-                weight.to(compute_dtype),
+                head.to(compute_dtype),
                 bias,
                 ids,
                 gather_ids,

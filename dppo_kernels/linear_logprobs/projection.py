@@ -125,7 +125,7 @@ class Projection:
             rows, here = self.cut(part), self.holds(ids[part])
             z, of_part = rows._logits_at(torch.where(here, ids[part], 0))
             target[part] = torch.where(here, z, 0.0)
-            if slope is not None:
+            if slope is not None and of_part is not None:
                 slope[part] = of_part
         return summed(self.shard, target)[0], slope
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from dppo_kernels._row_stats import Upstream
-from dppo_kernels._shard import summed
+from dppo_kernels._shard import pipelined, summed
 from dppo_kernels._tiling import WEIGHT_TILE_ELEMENTS, balanced, chunks
-from dppo_kernels.linear_logprobs.exponentials import Folding, pipelined, put_column
+from dppo_kernels.linear_logprobs.exponentials import Folding, put_column
 from dppo_kernels.linear_logprobs.gradient_gemms import weight_tiles
 from dppo_kernels.linear_logprobs.projection import Projection
 

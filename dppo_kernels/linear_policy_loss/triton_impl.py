@@ -8,9 +8,9 @@ import torch
 import triton
 from torch import Tensor
 
+from dppo_kernels._shard import pipelined
 from dppo_kernels._tiling import GradPlan, chunks
 from dppo_kernels._triton import launch_on
-from dppo_kernels.linear_logprobs.exponentials import pipelined
 from dppo_kernels.linear_logprobs.groups import GroupResult, GroupTask
 from dppo_kernels.linear_logprobs.groups_triton import Group, GroupLauncher, Operands
 from dppo_kernels.linear_logprobs.kernels_exp import ROW_BLOCK, Projecting, Sums

@@ -74,8 +74,8 @@ class Call:
         n_pairs: int | None,
         backend: str | None,
     ) -> "Call":
-        bias, temperature, logit_scale, softcap, *place = head
-        weight, bias, shard = take_shard(weight, bias, *place)
+        bias, temperature, logit_scale, softcap, group, start, size = head
+        weight, bias, shard = take_shard(weight, bias, group, start, size)
         check_linear_arguments(hidden, weight, ids, bias, None, temperature, logit_scale, softcap)
         _checks.check_mask("loss_mask", loss_mask)
         _checks.check_shape("loss_mask", loss_mask, ids.shape, "that of `ids`")
