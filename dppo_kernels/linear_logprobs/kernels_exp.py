@@ -223,8 +223,8 @@ class Projecting:
         if self.largest is not None:
             self._agree()
         self._launch(again=True)
-        rest, dot = summed(self.launcher.x.shard, self.sums.rest, self.sums.dot)
-        return self.sums._replace(rest=rest, dot=dot)
+        rest, dot = summed(self.launcher.x.shard, self.sums.rest, self.sums.dot if self.launcher.with_dot else None)
+        return self.sums._replace(rest=rest, dot=self.sums.dot if dot is None else dot)
 
     def _agree(self) -> None:
         """Anchors that all ranks share, wherever the largest logit is; which rows fit is decided by it alone."""

@@ -15,6 +15,7 @@ from tests.distributed.shards import Traffic, cut, hold, sharded
 from tests.linear_policy_loss.cases import PolicyCase, policy_cases
 from tests.linear_preference_loss.cases import SPECS, PreferenceCase, preference_cases
 from tests.strategies import ScoringCase, scoring_cases
+from tests.trainers.ranks import run_ranks
 
 ALL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 WORKSPACES = (0, 16 * 123 * 8, 1 << 20)  # strict; sixteen rows of a whole head; everything
@@ -99,14 +100,14 @@ def test_one_process_and_ranks_agree(gang: Gang, frozen: bool, workspace: int | 
         assert of_grads <= 1e-5
 
 
-def _traffic(vocab: int, loss: str, workspace: int | None) -> tuple[list[int], list[int], bool]:
+def _traffic(vocab: int, loss: str, workspace: int | None, backend: str) -> tuple[list[int], list[int], bool]:
     """(sums, maxima, whether the results of all ranks have the same bits) of one call and its backward."""
     n, width = 48, 16
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(4, n // 4, width, generator=g), torch.randn(vocab, width, generator=g)
     ids = torch.randint(0, vocab, (4, n // 4), generator=g)
     cuts = cut(vocab, dist.get_world_size(), "even")
-    options: dict[str, Any] = {"workspace_bytes": workspace}
+    options: dict[str, Any] = {"workspace_bytes": workspace, "backend": backend}
     traffic = Traffic()
     with traffic.counted():
         h, w = hidden.requires_grad_(), weight.requires_grad_(loss != "frozen")
@@ -133,23 +134,37 @@ N_ROWS, WIDTH = 48, 16
 
 
 @pytest.mark.parametrize(
-    ("loss", "workspace", "per_row", "maxima", "workspace_of"),
+    ("backend", "loss", "workspace", "per_row", "maxima"),
     [
-        ("trained", None, 1 + 1 + K, 1, "sum, target, gathered"),
-        ("frozen", 1 << 20, 1 + 1 + K, 0, "target; sum, gathered"),
-        ("policy", 1 << 20, 1 + 1, 0, "target; sum"),
-        ("policy", 0, 1 + 1, 1, "sum, target"),
-        ("preference", 1 << 20, 1 + 1, 0, "target; sum"),
-        ("distill", 1 << 20, 2 + 2, 2, "two sums; two parts of the divergence"),
+        ("torch", "trained", None, 2 + K, 1),
+        ("torch", "frozen", 1 << 20, 2 + K, 0),
+        ("torch", "policy", 1 << 20, 2, 0),
+        ("torch", "policy", 0, 2, 1),
+        ("torch", "preference", 1 << 20, 2, 0),
+        ("torch", "distill", 1 << 20, 4, 2),
+        ("triton", "trained", None, 2 + K, 1),
+        ("triton", "frozen", 1 << 20, 2 + K, 1),
+        ("triton", "policy", 1 << 20, 2, 1),
+        ("triton", "preference", 1 << 20, 2, 1),
+        ("triton", "distill", 1 << 20, 4, 2),
     ],
 )
 def test_traffic_is_a_few_numbers_a_row(
-    gang: Gang, loss: str, workspace: int | None, per_row: int, maxima: int, workspace_of: str
+    gangs: dict[int, Gang], backend: str, loss: str, workspace: int | None, per_row: int, maxima: int
 ) -> None:
-    """Independent of V; besides the gradient of the hidden states, [N, H], once."""
-    for vocab in (101, 1003):
-        for sums, greatest, same in gang.run(_traffic, vocab, loss, workspace):
-            assert sum(sums) == N_ROWS * (per_row + WIDTH), workspace_of
+    """As docs/scaling.md says: independent of V; besides the gradient of the hidden states, [N, H], once."""
+    sizes = [(2, 101)] if backend == "triton" else [(ranks, vocab) for ranks in (2, 4) for vocab in (101, 1003)]
+    for ranks, vocab in sizes:
+        for sums, greatest, same in gangs[ranks].run(_traffic, vocab, loss, workspace, backend):
+            assert sum(sums) == N_ROWS * (per_row + WIDTH)
             assert sum(greatest) == N_ROWS * maxima
             assert sums.count(N_ROWS * WIDTH) == 1
             assert same
+
+
+def test_the_example_trains_on_two_processes() -> None:
+    lines = [line for line in run_ranks("examples.vocab_parallel.train_head").splitlines() if line.startswith("step")]
+    losses = [float(line.split("loss ")[1].split(",")[0]) for line in lines]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[0] - losses[-1] > 0.1
+    assert all("25129 of 50257 rows" in line for line in lines)
