@@ -50,8 +50,8 @@ class LinearLogprobFunction(torch.autograd.Function):
             raise ValueError(f"{_backend.ENVIRONMENT_VARIABLE}='reference' has no op for TRL's trainers: use 'torch'")
         names = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
         asked = ("logprobs", *(name for name in names if name in outputs))
-        scalars = (float(temperature), float(logit_scale), final_logit_softcapping, IGNORE_INDEX, compute_dtype)
-        scalars = (*scalars, *encode(None))  # the head is whole
+        of_logits = (float(temperature), float(logit_scale), final_logit_softcapping, IGNORE_INDEX, compute_dtype)
+        scalars = (*of_logits, *encode(None))  # the head is whole
         design = ("recompute", 0)
         results = torch.ops.dppo_kernels.linear_logprobs(
             hidden, weight, bias, None, None, targets, None, None, *scalars, ",".join(asked), *design, False, backend

@@ -32,7 +32,7 @@ def run_groups(task: GroupTask) -> GroupResult:
     scored = task.scored.nonzero().squeeze(1)
     x, design = task.projection, task.design
     slots = [x.hidden.new_empty((design.chunk_rows, x.weight.shape[0]), dtype=x.dtype) for _ in range(design.slots)]
-    by_row = task.sequence_length is None
+    by_row = task.bounds is None
     targets = None if x.shard is None else _targets(task, scored)
 
     # Sums of a chunk come in from other ranks while the next one is projected: rows by themselves then have two slots.
@@ -46,16 +46,17 @@ def run_groups(task: GroupTask) -> GroupResult:
 
 def _groups(task: GroupTask, scored: Tensor) -> Iterator[Group]:
     """Chunks of rows, or runs of whole sequences that fit the slots (at least one sequence)."""
-    design, length = task.design, task.sequence_length
-    if length is None:
+    design, bounds = task.design, task.bounds
+    if bounds is None:
         everything = slice(0, task.ids.shape[0])
         for part in chunks(scored.shape[0], design.chunk_rows):
             yield Group(scored[part], everything)
         return
-    counts = torch.bincount(scored // max(length, 1)).tolist() if scored.shape[0] else []
+    units = torch.bucketize(scored, torch.tensor(bounds, device=scored.device), right=True) - 1
+    counts = torch.bincount(units).tolist() if scored.shape[0] else []
     row = 0
     for first, last, n in runs(counts, design.slots * design.chunk_rows):
-        yield Group(scored[row : row + n], slice(first * length, last * length))
+        yield Group(scored[row : row + n], slice(bounds[first], bounds[last]))
         row += n
 
 

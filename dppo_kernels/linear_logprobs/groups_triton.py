@@ -51,15 +51,9 @@ def run_groups(task: GroupTask, plan: GradPlan | None = None, descriptors: bool 
     if task.ids.shape[0]:
         with launch_on(task.projection.hidden.device):
             launcher = GroupLauncher(task, result, plan, descriptors)
-            length = task.sequence_length
-            assert length is not None, "rows by themselves have a row kernel"
-            capacity = launcher.chunk_rows * task.design.slots
-            if task.counts is not None:
-                for first, last, n in runs(task.counts, capacity):
-                    launcher.run_sequences(slice(first * length, last * length), n)
-            else:
-                for span in chunks(task.ids.shape[0], max(1, capacity // length) * length):
-                    launcher.run_sequences(span, span.stop - span.start)
+            assert task.bounds is not None, "rows by themselves have a row kernel"
+            for first, last, n in runs(task.rows_of_units(), launcher.chunk_rows * task.design.slots):
+                launcher.run_sequences(slice(task.bounds[first], task.bounds[last]), n)
         result.gradients = result.gradients.sum_over_ranks(task.projection.shard)
     return result
 

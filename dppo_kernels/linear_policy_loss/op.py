@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from dppo_kernels import _backend, _checks
 from dppo_kernels._handover import register_hand_over
 from dppo_kernels._lora import LoraWeight, split_head
 from dppo_kernels._numerics import compute_dtype_of, split_temperature, stat_dtype
+from dppo_kernels._packing import check_offsets
 from dppo_kernels._shard import VocabShard, arguments, check_ranks, encode, local_ids, take_shard
 from dppo_kernels._tiling import DEFAULT_WORKSPACE_BYTES, kind_of
 from dppo_kernels.aggregate import reduction_weights
@@ -44,6 +46,7 @@ def linear_policy_loss(
     denominator: float | Tensor | None = None,
     entropy_denominator: float | Tensor | None = None,
     max_length: int | None = None,
+    cu_seqlens: Tensor | None = None,  # [B + 1]
     bias: Tensor | None = None,  # [V]
     temperature: float | Tensor = 1.0,
     logit_scale: float = 1.0,
@@ -72,7 +75,7 @@ def linear_policy_loss(
             `LoraWeight`, whose sum with its update is never made.
         ids: [B, T] or [N] int32/int64 sampled token ids; whatever stands behind the mask changes nothing.
         anchor_logprobs: shape of `ids`; what the ratio is against. None: the policy itself (on-policy, ratio 1).
-        advantages: [B] (one per sequence), [B, T] or [N].
+        advantages: [B] (one per sequence), [B, T] or [N]; [B] with [N] needs `cu_seqlens`.
         loss_mask: bool, shape of `ids`, True = counts.
         spec: the loss, e.g. ``PRESETS["dppo_topk_tv"]``.
         rollout_topk_ids: [..., K+1] the rollout's top-K ids, the sampled one injected (see `topk_logprobs`); with the next two
@@ -84,6 +87,8 @@ def linear_policy_loss(
         denominator: replaces the reduction's own count, see `aggregate`.
         entropy_denominator: replaces the call's count of active tokens in the mean entropy.
         max_length: for the "fixed_length" reduction.
+        cu_seqlens: int32/int64 [B + 1] offsets of sequences packed into [N], as flash attention takes them, from 0 to N: ratios
+            and reductions of sequences then work on [N].
         bias: [V] lm_head bias.
         temperature: positive number, or a tensor of the shape of `ids` (not differentiable).
         logit_scale: as in `linear_logprobs`.
@@ -115,7 +120,7 @@ def linear_policy_loss(
     weight, bias, shard = take_shard(weight, bias, process_group, vocab_start, vocab_size)
     check_linear_arguments(hidden, weight, ids, bias, rollout_topk_ids, temperature, logit_scale, softcap)
     per_token_inputs = {"anchor_logprobs": anchor_logprobs, "ref_logprobs": ref_logprobs}
-    check_policy_arguments(("ids", lead), advantages, loss_mask, spec, per_token_inputs, token_weights)
+    check_policy_arguments(("ids", ids), advantages, loss_mask, spec, per_token_inputs, token_weights, cu_seqlens)
     _check_topk(spec, rollout_topk_ids, rollout_topk_logprobs, topk_valid)
     topk = {"rollout_topk_logprobs": rollout_topk_logprobs, "topk_valid": topk_valid}
     others = {"loss_mask": loss_mask, "advantages": advantages, "token_weights": token_weights, **per_token_inputs, **topk}
@@ -155,19 +160,22 @@ def linear_policy_loss(
             denominator=denominator,
             entropy_denominator=entropy_denominator,
             max_length=max_length,
+            cu_seqlens=cu_seqlens,
         )
         return (loss, stats, aux) if return_aux else (loss, stats)
 
     dtype = stat_dtype(compute_dtype)
 
     def flat(values: Tensor | None) -> Tensor | None:
-        return None if values is None else per_token(values.detach(), lead).reshape(-1).to(dtype)
+        return None if values is None else per_token(values.detach(), lead, cu_seqlens).reshape(-1).to(dtype)
 
     def columns(values: Tensor | None) -> Tensor | None:
         return None if values is None else values.detach().reshape(-1, values.shape[-1])
 
     mask = loss_mask.reshape(-1)
-    weights = reduction_weights(loss_mask, spec.reduction, denominator=denominator, max_length=max_length, dtype=dtype)
+    weights = reduction_weights(
+        loss_mask, spec.reduction, denominator=denominator, max_length=max_length, dtype=dtype, cu_seqlens=cu_seqlens
+    )
     entropy_weight = None
     if spec.entropy_coef:
         mean = reduction_weights(
@@ -198,6 +206,7 @@ def linear_policy_loss(
         columns(topk_valid),
         entropy_weight,
         row_temperature,
+        cu_seqlens,
         scalar_temperature,
         logit_scale,
         softcap,
@@ -327,6 +336,7 @@ def _op(
     topk_valid: Tensor | None,
     entropy_weight: Tensor | None,
     row_temperature: Tensor | None,
+    cu_seqlens: Tensor | None,
     temperature: float,
     logit_scale: float,
     softcap: float | None,
@@ -351,10 +361,16 @@ def _op(
         known_topk = None if topk_ids is None else torch.where(mask[:, None], topk_ids, IGNORED)
         known_temperature = None if row_temperature is None else torch.where(mask, row_temperature, 1.0)
         check_ranks(shard, mask.shape[0])
+        if cu_seqlens is not None:
+            check_offsets(cu_seqlens, mask.shape[0])
         _checks.check_values(known, known_topk, known_temperature, projection.vocab, IGNORED, gather_name="rollout_topk_ids")
     spec = _decode(spec_names, spec_numbers)
     # Behind the mask may stand anything: it must not become a column of another rank's.
     ids, topk_ids, _ = local_ids(shard, torch.where(mask, ids, IGNORED), topk_ids, IGNORED)
+    bounds: Sequence[int] | None = None
+    if spec.ratio_level == "sequence":
+        bounds = range(0, mask.shape[0] + 1, sequence_length) if cu_seqlens is None else cu_seqlens.tolist()
+        sequence_length = max((b - a for a, b in pairwise(bounds)), default=1)
     sizes = (mask.shape[0], sequence_length, weight.shape[0])
     design = _design(spec, *sizes, compute_dtype, hidden.device, any(needs), workspace_bytes, backend, shard)
     rows = PolicyRows(
@@ -369,7 +385,7 @@ def _op(
         rollout_topk_logprobs,
         topk_valid,
     )
-    task = Task(rows, spec, sequence_length, entropy_weight, with_entropy, score_inactive)
+    task = Task(rows, spec, bounds, entropy_weight, with_entropy, score_inactive)
     totals = Totals.empty(task, projection.dtype)
     group = GroupTask(
         projection,
@@ -379,7 +395,7 @@ def _op(
         design,
         Needs(*needs),
         gather_ids=topk_ids,
-        sequence_length=task.unit,
+        bounds=bounds,
         entropy_weight=entropy_weight,
         outputs=frozenset(("entropy",) if with_entropy else ()),
     )

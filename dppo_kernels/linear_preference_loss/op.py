@@ -431,7 +431,7 @@ def _compute(
 
     def group(x: Projection, coefficients: Coefficients, design: Design, needs: Needs, outputs: frozenset[str]) -> GroupTask:
         return GroupTask(
-            x, ids, mask, coefficients, design, needs, outputs=outputs, sequence_length=max(unit, 1), counts=counts
+            x, ids, mask, coefficients, design, needs, outputs=outputs, bounds=range(0, n + 1, max(unit, 1)), counts=counts
         )
 
     with torch.autocast(hidden.device.type, enabled=False):
