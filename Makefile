@@ -10,13 +10,17 @@ BIN := .venv/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 CSRC := $(shell find csrc -name '*.[ch]*')
 
-.PHONY: demo test test-vllm ext long perf lint types compile wheel clean
+.PHONY: demo test test-distributed test-vllm ext long perf lint types compile wheel clean
 
 demo: .venv/ready ext
 	$(BIN)/dppo demo
 
 test: .venv/ready ext
-	$(BIN)/python -m pytest -m "not long and not perf" --numprocesses $(JOBS) --dist worksteal
+	$(BIN)/python -m pytest -m "not long and not perf and not distributed" --numprocesses $(JOBS) --dist worksteal
+
+# Heads shared out over ranks: groups of two and four processes over gloo.
+test-distributed: .venv/ready ext
+	$(BIN)/python -m pytest -m distributed
 
 # Rollouts by a real vLLM engine on CPU, in an environment of its own (2.1 GB). Fails where nothing ran.
 test-vllm: .venv-vllm/ready

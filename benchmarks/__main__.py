@@ -1,13 +1,14 @@
-"""``python -m benchmarks run | compare | report | compile``: timings, their comparison, tables, compile gate."""
+"""``python -m benchmarks run | compare | report | compile | plan``: timings, comparisons, tables, compile gate, scaling."""
 
 import argparse
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from benchmarks import report
+from benchmarks import plan, report
 from benchmarks.cases import NAMES
 from benchmarks.compile import ARCHITECTURES, run_compile
 from benchmarks.harness import device_name, write_rows
@@ -35,10 +36,31 @@ def main() -> int:
     commands.add_parser("report", help="write docs/benchmarks.md's table and plots of time and memory from benchmarks/results")
     compiled = commands.add_parser("compile", help="compile every kernel ahead of time and report its resources")
     compiled.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    planned = commands.add_parser("plan", help="memory, time and traffic of a training step on many GPUs, by a model of it")
+    planned.add_argument("--model", choices=[model.name for model in plan.MODELS], default=plan.MODELS[1].name)
+    planned.add_argument("--vocab", type=int, help="default: the model's")
+    planned.add_argument("--gpus", type=int, default=64)
+    planned.add_argument("--tensor_parallel", type=int, default=1)
+    planned.add_argument("--sequences", type=int, default=1024)
+    planned.add_argument("--prompt", type=int, default=512)
+    planned.add_argument("--completion", type=int, default=2048)
+    planned.add_argument("--write", action="store_true", help="write docs/scaling.md's table instead")
     parsed = parser.parse_args()
     console = Console(width=150)
     if parsed.command == "compile":
         return run_compile(parsed.arch)
+    if parsed.command == "plan":
+        if parsed.write:
+            plan.write()
+            return 0
+        model = next(model for model in plan.MODELS if model.name == parsed.model)
+        sizes = {name: getattr(parsed, name) for name in ("gpus", "tensor_parallel", "sequences", "prompt", "completion")}
+        if bad := [name for name, size in {**sizes, "vocab": parsed.vocab or 1}.items() if size < 1]:
+            parser.error(f"--{bad[0]} must be positive")
+        if sizes["gpus"] % sizes["tensor_parallel"]:
+            parser.error(f"--gpus {sizes['gpus']} is no multiple of --tensor_parallel {sizes['tensor_parallel']}")
+        plan.show(plan.Step(replace(model, vocab=parsed.vocab or model.vocab), **sizes), console)
+        return 0
     if parsed.command == "report":
         return report.write_report(RESULTS, console)
     if parsed.command == "compare":

@@ -400,7 +400,13 @@ def _cases(architecture: str, *, described: bool) -> list[Case]:
     ):
         if where == "logits" and kind != "jsd":  # the one with the most to keep
             continue
-        asked = {"ENTROPY": True, "AGREEMENT": True, "BLOCK_P": 1 << (blocks - 1).bit_length(), "BLOCK_V": pair.block_v}
+        asked = {
+            "ENTROPY": True,
+            "AGREEMENT": True,
+            "SHARDED": False,
+            "BLOCK_P": 1 << (blocks - 1).bit_length(),
+            "BLOCK_V": pair.block_v,
+        }
         found += [
             Case(
                 kernel,

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dppo_kernels._shard import VocabShard, greatest, summed
+
 # Public names of optional outputs, in the order ops return them. The last three carry no gradient.
 OUTPUTS = ("logprobs", "lse", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
@@ -124,6 +126,18 @@ class RowStats:
         if self.sum_sq is not None:
             self.sum_sq[rows] = rescale.square() * self.sum_sq[rows] + e.square_().sum(1)
         self.max[rows] = new_max
+
+    def merge_ranks(self, shard: VocabShard) -> None:
+        """Make the accumulators of a shard's columns those of the whole vocabulary."""
+        own, (self.max, self.max_before_target) = self.max, greatest(shard, self.max.clone(), self.max_before_target)
+        anchor = self.max.masked_fill(self.max == -math.inf, 0.0)
+        shift = (own - anchor).clamp_(min=FINITE_MINUS_INF)
+        rescale = shift.exp()
+        dot = None if self.dot is None else rescale * (self.dot + shift * self.sum)
+        sum_sq = None if self.sum_sq is None else rescale.square() * self.sum_sq
+        parts = (rescale * self.sum, dot, sum_sq, self.total, self.target, self.gathered)
+        self.sum, self.dot, self.sum_sq, self.total, self.target, self.gathered = summed(shard, *parts)
+        self.vocab = shard.vocab
 
     def finish(self) -> dict[str, Tensor]:
         """Outputs by name, plus `row_max` and `log_sum` (whose sum is the LSE) for the backward."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dppo_kernels import _checks
 from dppo_kernels._numerics import stat_dtype
+from dppo_kernels._packing import check_cu_seqlens, spread
 from dppo_kernels.aggregate import aggregate
 from dppo_kernels.policy_spec import PolicyLossSpec
 from dppo_kernels.surrogates import Tokens, token_losses
@@ -46,6 +47,7 @@ def policy_loss(
     denominator: float | Tensor | None = None,
     entropy_denominator: float | Tensor | None = None,
     max_length: int | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Stat]]:
     """Policy loss of one micro-batch, differentiable in `logprobs` (and `entropy`), with metric partial sums.
 
@@ -53,7 +55,7 @@ def policy_loss(
         logprobs: [B, T] or [N] log-probs of the sampled tokens under the policy being trained.
         anchor_logprobs: same shape; what the ratio is against: the rollout policy for DPPO, the trainer's old one for PPO.
             None: `logprobs` themselves (on-policy, ratio 1).
-        advantages: [B] (one per sequence), [B, T] or [N].
+        advantages: [B] (one per sequence), [B, T] or [N]; [B] with [N] needs `cu_seqlens`.
         loss_mask: bool, shape of `logprobs`, True = counts. Whatever stands behind it, NaN included, changes nothing.
         spec: the loss, e.g. ``PRESETS["dppo_binary_tv"]``.
         entropy: shape of `logprobs`, nats; needed if ``spec.entropy_coef`` is not 0, else only reported.
@@ -65,6 +67,7 @@ def policy_loss(
         denominator: replaces the reduction's own count, see `aggregate`.
         entropy_denominator: replaces the call's count of active tokens in the mean entropy.
         max_length: for the "fixed_length" reduction.
+        cu_seqlens: int [B + 1] offsets of sequences packed into [N], as in `aggregate`: what is per sequence then works on [N].
 
     Returns:
         Scalar loss, and stats by name, each over active tokens. Always "ratio", "ratio_squared", "prob_gap" (|pi - anchor|),
@@ -80,7 +83,7 @@ def policy_loss(
     """
     _checks.check_floating("logprobs", logprobs)
     per_token_inputs = {"anchor_logprobs": anchor_logprobs, "entropy": entropy, "ref_logprobs": ref_logprobs}
-    check_policy_arguments(("logprobs", logprobs.shape), advantages, loss_mask, spec, per_token_inputs, token_weights)
+    check_policy_arguments(("logprobs", logprobs), advantages, loss_mask, spec, per_token_inputs, token_weights, cu_seqlens)
     if spec.entropy_coef and entropy is None:
         raise ValueError(f"spec.entropy_coef is {spec.entropy_coef}: `entropy` is needed")
     topk = {"topk_logprobs": topk_logprobs, "rollout_topk_logprobs": rollout_topk_logprobs, "topk_valid": topk_valid}
@@ -91,7 +94,7 @@ def policy_loss(
 
     def clean(values: Tensor) -> Tensor:
         # Masking the inputs (not the outputs) keeps NaN behind the mask out of the values and of the gradients.
-        return torch.where(loss_mask, per_token(values, logprobs.shape), 0.0).to(dtype)
+        return torch.where(loss_mask, per_token(values, logprobs.shape, cu_seqlens), 0.0).to(dtype)
 
     def clean_constant(values: Tensor | None) -> Tensor | None:
         return None if values is None else clean(values.detach())
@@ -105,9 +108,10 @@ def policy_loss(
         clean_constant(token_weights),
         clean_constant(ref_logprobs),
         **topk,
+        offsets=cu_seqlens,
     )
     losses, metrics = token_losses(tokens, spec)
-    loss = aggregate(losses, loss_mask, spec.reduction, denominator=denominator, max_length=max_length)
+    loss = aggregate(losses, loss_mask, spec.reduction, denominator=denominator, max_length=max_length, cu_seqlens=cu_seqlens)
     if entropy is not None:
         metrics["entropy"] = entropy
         if spec.entropy_coef:
@@ -122,8 +126,10 @@ def policy_loss(
     return loss, {name: partial_sums(values, loss_mask) for name, values in metrics.items()}
 
 
-def per_token(values: Tensor, shape: Sequence[int]) -> Tensor:
-    """Values given per token or per sequence ([B] or [B, 1] for [B, T]), as a view of this shape."""
+def per_token(values: Tensor, shape: Sequence[int], cu_seqlens: Tensor | None = None) -> Tensor:
+    """Values given per token or per sequence ([B] or [B, 1]), with this shape."""
+    if cu_seqlens is not None and values.shape != torch.Size(shape):
+        return spread(values.reshape(-1), cu_seqlens, shape[0])
     return (values[:, None] if values.dim() < len(shape) else values).expand(shape)
 
 
@@ -137,23 +143,28 @@ def partial_sums(values: Tensor, mask: Tensor) -> Stat:
 
 
 def check_policy_arguments(
-    tokens: tuple[str, Sequence[int]],
+    tokens: tuple[str, Tensor],
     advantages: Tensor,
     loss_mask: Tensor,
     spec: PolicyLossSpec,
     per_token_inputs: dict[str, Tensor | None],
     token_weights: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> None:
-    """Checks that policy losses share; `tokens` are name and shape of the argument that the others follow."""
-    name, shape = tokens
+    """Checks that policy losses share; `tokens` are name and value of the argument that the others follow."""
+    name, shape = tokens[0], tokens[1].shape
     if not isinstance(spec, PolicyLossSpec):
         raise TypeError(f"`spec` must be a PolicyLossSpec such as PRESETS['dapo'], got {type(spec).__name__}")
     if len(shape) not in (1, 2):
         raise ValueError(f"`{name}` must be [B, T] or [N], got {list(shape)}")
-    if len(shape) == 1 and (spec.ratio_level == "sequence" or spec.reduction != "token_mean"):
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, *tokens)
+    elif len(shape) == 1 and (spec.ratio_level == "sequence" or spec.reduction != "token_mean"):
         raise ValueError(
-            f"ratio_level={spec.ratio_level!r} with reduction={spec.reduction!r} needs [B, T] `{name}`, got {list(shape)}"
+            f"ratio_level={spec.ratio_level!r} with reduction={spec.reduction!r} needs [B, T] `{name}`, or [N] with "
+            f"`cu_seqlens`; got {list(shape)}"
         )
+    n_sequences = shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     meaning = f"that of `{name}`"
     _checks.check_mask("loss_mask", loss_mask)
     _checks.check_shape("loss_mask", loss_mask, shape, meaning)
@@ -163,12 +174,14 @@ def check_policy_arguments(
             _checks.check_shape(argument, value, shape, meaning)
     if token_weights is not None:
         _checks.check_floating("token_weights", token_weights)
-        if token_weights.shape not in (torch.Size(shape), (*shape[:1], 1)):
+        if token_weights.shape not in (shape, (n_sequences, 1)):
             raise ValueError(f"`token_weights` must be {list(shape)} or [B, 1], got {list(token_weights.shape)}")
     if spec.beta and per_token_inputs["ref_logprobs"] is None:
         raise ValueError(f"spec.beta is {spec.beta}: `ref_logprobs` is needed")
     _checks.check_floating("advantages", advantages)
-    if advantages.dim() == 1 and len(shape) == 2:
+    if cu_seqlens is not None and advantages.shape != shape:
+        _checks.check_shape("advantages", advantages, (n_sequences,), "[N], or [B] of `cu_seqlens`")
+    elif advantages.dim() == 1 and len(shape) == 2:
         _checks.check_shape("advantages", advantages, shape[:1], "[B]")
     else:
         _checks.check_shape("advantages", advantages, shape, f"[B] or {meaning}")

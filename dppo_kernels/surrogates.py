@@ -15,13 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dppo_kernels._packing import sequence_sums, spread
 from dppo_kernels.divergence import divergence, trust_region_mask
 from dppo_kernels.estimators import LOG_RATIO_LIMIT, kl_estimate, log_ratio
 from dppo_kernels.policy_spec import PolicyLossSpec
 
 
 class Tokens(NamedTuple):
-    """What a token-level loss is a function of; [B, T] or [N] each, zeros behind the mask."""
+    """What a token-level loss is a function of; [B, T] or [N] each, zeros behind the mask. Sequences of [N] need `offsets`."""
 
     logprobs: Tensor
     anchor: Tensor
@@ -32,18 +33,25 @@ class Tokens(NamedTuple):
     topk_logprobs: Tensor | None = None  # [..., K]
     rollout_topk_logprobs: Tensor | None = None
     topk_valid: Tensor | None = None  # bool
+    offsets: Tensor | None = None  # [B + 1] of packed sequences
 
     def ratio(self, level: str) -> Tensor:
         """``pi / anchor``, one per token or the same for all tokens of a sequence."""
         x = log_ratio(self.logprobs, self.anchor)
         if level == "sequence":
             # Masked positions hold 0 in both, so they add nothing; every token of a sequence shares the ratio.
-            return (x.sum(1, keepdim=True) / self.sequence_lengths()).exp().expand_as(x)
+            return (self.sequence_sums(x) / self.sequence_lengths()).exp().expand_as(x)
         return x.exp()
 
+    def sequence_sums(self, values: Tensor) -> Tensor:
+        """Of each sequence, as [B, 1] or at each of its tokens [N]."""
+        if self.offsets is None:
+            return values.sum(1, keepdim=True)
+        return spread(sequence_sums(values, self.offsets), self.offsets, values.shape[0])
+
     def sequence_lengths(self) -> Tensor:
-        """Active tokens [B, 1], at least 1."""
-        return self.mask.sum(1, keepdim=True).clamp(min=1)
+        """Active tokens, at least 1, as `sequence_sums` has them."""
+        return self.sequence_sums(self.mask.to(self.logprobs.dtype)).clamp(min=1)
 
 
 def token_losses(x: Tokens, spec: PolicyLossSpec) -> tuple[Tensor, dict[str, Tensor]]:
@@ -92,7 +100,7 @@ def gradient_on_logprobs(x: Tokens, loss_weights: Tensor, metrics: dict[str, Ten
         on_logprob = on_logprob + spec.beta * slope
     through_ratio = loss_weights * on_ratio * ratio
     if spec.ratio_level == "sequence":
-        total = torch.where(x.mask, through_ratio, 0.0).sum(1, keepdim=True)
+        total = x.sequence_sums(torch.where(x.mask, through_ratio, 0.0))
         through_ratio = (total / x.sequence_lengths()).expand_as(ratio)
     gradient = loss_weights * on_logprob + through_ratio * _inside(x.logprobs - x.anchor)
     return torch.where(x.mask, gradient, 0.0)

@@ -10,10 +10,13 @@ from rich.console import Console
 
 pytest.importorskip("trl", reason="the trl extra is not installed")
 
-from benchmarks import cases, harness, report, run
+from benchmarks import cases, harness, plan, report, run
 from benchmarks import compile as gate
+from benchmarks.__main__ import main as benchmarks_main
 from benchmarks.cases import linear_policy_loss
 from benchmarks.shapes import Shape, shapes_for
+from dppo_kernels import PRESETS
+from tests.linear_policy_loss import test_work as policy_work
 
 CPU = torch.device("cpu")
 TINY = {"C1": Shape(24, 16, 300)}
@@ -253,3 +256,34 @@ def test_the_compile_gate_complains() -> None:
     bad = gate.Report(registers=255, spilled_bytes=64, shared=300000, matrix="mma.sync", tma=False)
     assert len(gate.complaints(gemm, "90", bad)) == 3
     assert len(gate.complaints(gemm, "80", bad)) == 1
+
+
+def test_the_plan_counts_what_the_library_does() -> None:
+    """Its FLOPs are those that the dispatch counter finds; a rank of two sends what a ring does."""
+    mask = torch.ones(policy_work.B, policy_work.T, dtype=torch.bool)
+    call = policy_work.captured(PRESETS["cispo"], loss_mask=mask, advantages=torch.ones(policy_work.B))
+    model = plan.Model("tiny", body=0.0, hidden=policy_work.H, vocab=policy_work.V, layers=1, kv_width=1)
+    one, two = (
+        plan.Step(model, gpus=n, tensor_parallel=n, sequences=policy_work.B, prompt=0, completion=policy_work.T) for n in (1, 2)
+    )
+    assert policy_work.flops(call) * policy_work.H * policy_work.V == one.head_flops() == 2 * two.head_flops()
+    assert one.head_traffic() == (0, 0)
+    assert two.head_traffic() == (4 * 2 * policy_work.N, 4 * policy_work.N * policy_work.H)
+
+
+def test_the_document_holds_the_plan() -> None:
+    text = plan.DOCUMENT.read_text()
+    assert text.split(plan.BEGIN)[1].split(plan.END)[0].strip() == plan.markdown()
+
+
+def test_a_plan_for_other_sizes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["benchmarks", "plan", "--gpus", "64", "--tensor_parallel", "4", "--vocab", "262144"]
+    monkeypatch.setattr("sys.argv", command)
+    assert benchmarks_main() == 0
+    assert "64" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", [*command, "--gpus", "63"])
+    with pytest.raises(SystemExit):
+        benchmarks_main()
+    assert "--gpus 63 is no multiple of --tensor_parallel 4" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="must be a multiple of `tensor_parallel`: got 63 and 4"):
+        plan.Step(plan.MODELS[0], 63, 4)

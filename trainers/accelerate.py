@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dppo_kernels import _backend
 from dppo_kernels._numerics import autocast_dtype
+from dppo_kernels._shard import encode
 from dppo_kernels.linear_logprobs.op import FIELDS
 from dppo_kernels.trainers import _trl_seam, accelerate_grpo
 
@@ -49,7 +50,8 @@ class LinearLogprobFunction(torch.autograd.Function):
             raise ValueError(f"{_backend.ENVIRONMENT_VARIABLE}='reference' has no op for TRL's trainers: use 'torch'")
         names = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
         asked = ("logprobs", *(name for name in names if name in outputs))
-        scalars = (float(temperature), float(logit_scale), final_logit_softcapping, IGNORE_INDEX, compute_dtype)
+        of_logits = (float(temperature), float(logit_scale), final_logit_softcapping, IGNORE_INDEX, compute_dtype)
+        scalars = (*of_logits, *encode(None))  # the head is whole
         design = ("recompute", 0)
         results = torch.ops.dppo_kernels.linear_logprobs(
             hidden, weight, bias, None, None, targets, None, None, *scalars, ",".join(asked), *design, False, backend

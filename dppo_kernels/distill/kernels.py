@@ -158,6 +158,7 @@ def divergence_row_kernel(
     TEMPERED: tl.constexpr,
     ENTROPY: tl.constexpr,
     AGREEMENT: tl.constexpr,
+    SHARDED: tl.constexpr,  # D and the centre are those of this rank's columns, to be added up
     BLOCK_P: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -210,7 +211,9 @@ def divergence_row_kernel(
             divergence = beta * divergence - (1 - beta) * centre
         elif KIND == "tv":
             divergence = divergence / 2
-        tl.store(divergence_ptr + out, tl.where(divergence < 0, 0.0, divergence))
+        if not SHARDED:
+            divergence = tl.where(divergence < 0, 0.0, divergence)
+        tl.store(divergence_ptr + out, divergence)
         if ENTROPY:
             tl.store(entropy_ptr + out, tl.sum(entropy, 0))
         if AGREEMENT:

@@ -52,6 +52,7 @@ def distill_loss_fwd(
                 PARTIALS=False,
                 ENTROPY=with_entropy,
                 AGREEMENT=with_agreement,
+                SHARDED=False,
                 BLOCK_P=1,
                 **_GIVEN,
                 BLOCK_V=block_v,

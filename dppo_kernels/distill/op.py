@@ -5,11 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from dppo_kernels import _backend, _checks
 from dppo_kernels._handover import register_hand_over
 from dppo_kernels._lora import LoraWeight, split_head, vocabulary
 from dppo_kernels._numerics import compute_dtype_of, stat_dtype
+from dppo_kernels._shard import VocabShard, check_ranks, encode, nominal_vocab, take_shard, whole_head
 from dppo_kernels.aggregate import reduction_weights
 from dppo_kernels.distill import torch_impl
 from dppo_kernels.distill.contract import (
@@ -54,6 +56,9 @@ def linear_distill_loss(
     with_entropy: bool = False,
     with_agreement: bool = False,
     return_aux: bool = False,
+    process_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
     workspace_bytes: int | None = None,
     backend: str | None = None,
 ) -> Any:
@@ -88,6 +93,10 @@ def linear_distill_loss(
         with_entropy: report the student's entropy, of which there is no gradient.
         with_agreement: report the share of tokens at which the student's likeliest token is the teacher's.
         return_aux: also return per-token results.
+        process_group: ranks among which both heads are shared out along V, in the same way; as in `linear_logprobs`, like the
+            next two.
+        vocab_start: the id of this rank's first row.
+        vocab_size: V of all ranks together.
         workspace_bytes: bound of both models' logits that exist at one time (default 80 MiB on CPU, 1 GiB on CUDA); at least 16
             rows of them, on kernels a block of 128.
         backend: as in `linear_logprobs`.
@@ -105,6 +114,9 @@ def linear_distill_loss(
     divergence = resolve_kind(kind, beta)
     check_loss_mask(loss_mask)
     lead = ("loss_mask", loss_mask.shape)
+    place = (process_group, vocab_start, vocab_size)
+    student_weight, student_bias, shard = take_shard(student_weight, student_bias, *place, prefix="student_")
+    teacher_weight, teacher_bias, teacher_shard = take_shard(teacher_weight, teacher_bias, *place, prefix="teacher_")
     heads = {
         "student_": (student_hidden, student_weight, student_bias, student_logit_scale, student_softcap),
         "teacher_": (teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap),
@@ -113,6 +125,8 @@ def linear_distill_loss(
         check_head(*head, lead=lead, prefix=prefix)
     sizes = [vocabulary(weight) for weight in (student_weight, teacher_weight)]
     check_vocabularies(("student_weight", "teacher_weight"), sizes)
+    if shard != teacher_shard:
+        raise ValueError("`teacher_weight` must be sharded as `student_weight` is")
     for argument, value in (("teacher_hidden", teacher_hidden), ("loss_mask", loss_mask)):
         _checks.check_device(argument, value, "student_hidden", student_hidden)
     _checks.check_temperature(temperature, *lead[:1], loss_mask)
@@ -132,12 +146,16 @@ def linear_distill_loss(
     base, low_hidden, low_weight = split_head(student_weight, rows, mask, student_dtype)
     if name == "reference":
         check_row_temperature(row_temperature)
+        base, student_bias, low_weight = whole_head(shard, base, student_bias, low_weight)
+        with torch.no_grad():
+            teacher_base, teacher_bias, teacher_low_weight = whole_head(shard, fixed[1], teacher_bias, fixed[3])
         rows, other_rows = (torch.where(mask[:, None], x, 0.0) for x in (rows, other_rows))  # NaN would reach the gradients
         row_or_scalar = scalar_temperature if row_temperature is None else row_temperature
         transforms = (row_or_scalar, student_logit_scale, student_softcap, student_dtype)
         student = Projection(rows, base, student_bias, *transforms, pair(low_hidden, low_weight))
         transforms = (row_or_scalar, teacher_logit_scale, teacher_softcap, teacher_dtype)
-        teacher = Projection(other_rows, fixed[1], teacher_bias, *transforms, pair(*fixed[2:]))
+        low_rank = pair(fixed[2], teacher_low_weight)
+        teacher = Projection(other_rows, teacher_base, teacher_bias, *transforms, low_rank)
         with torch.autocast(device.type, enabled=False):
             loss_sum, found = _reference(student, teacher, mask, divergence, t_squared)
     else:
@@ -163,6 +181,7 @@ def linear_distill_loss(
             with_entropy,
             with_agreement,
             needs,
+            *encode(shard),
             name,
         )
         found = RowDivergence(*rows_found[:3])
@@ -240,24 +259,31 @@ def _op(
     with_entropy: bool,
     with_agreement: bool,
     needs: Sequence[bool],
+    group_name: str,
+    span: Sequence[int],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_row_temperature(row_temperature)
+    shard = VocabShard.decode(group_name, span)
+    if hidden.device.type == "cpu":
+        check_ranks(shard, mask.shape[0])
     row_or_scalar = temperature if row_temperature is None else row_temperature
     scale, teacher_scale = logit_scales
     transforms = (row_or_scalar, scale, softcap, compute_dtype)
     teacher_transforms = (row_or_scalar, teacher_scale, teacher_softcap, teacher_compute_dtype)
     teacher_low = pair(teacher_low_hidden, teacher_low_weight)
     task = Task(
-        Projection(hidden, weight, bias, *transforms, pair(low_hidden, low_weight)),
-        Projection(teacher_hidden, teacher_weight, teacher_bias, *teacher_transforms, teacher_low),
+        Projection(hidden, weight, bias, *transforms, pair(low_hidden, low_weight), shard),
+        Projection(teacher_hidden, teacher_weight, teacher_bias, *teacher_transforms, teacher_low, shard),
         mask,
         Kind(kind, beta),
         t_squared,
         with_entropy,
         with_agreement,
         Needs(*needs),
-        _chunk_rows(mask.shape[0], weight.shape[0], compute_dtype, workspace_bytes, hidden.device, backend),
+        _chunk_rows(
+            mask.shape[0], nominal_vocab(shard, weight.shape[0]), compute_dtype, workspace_bytes, hidden.device, backend
+        ),
     )
     with torch.autocast(hidden.device.type, enabled=False):
         result = _run(task, backend)
@@ -287,7 +313,7 @@ def _(
     *rest: Any,
 ) -> tuple[Tensor, ...]:
     mask, compute_dtype = rest[5], rest[11]
-    with_entropy, with_agreement, needs, _ = rest[-4:]
+    with_entropy, with_agreement, needs, *_ = rest[-6:]
     rows = hidden.new_empty(mask.shape, dtype=stat_dtype(compute_dtype))
     inputs = (hidden, weight, bias, low_hidden, low_weight)
     return (

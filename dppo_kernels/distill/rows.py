@@ -12,11 +12,14 @@ Both models' probabilities are normalised before they are compared. Where p and 
 log(beta p + (1 - beta) q) would lose; where they are far apart, nothing overflows, and what was rounded meets a tiny p or q.
 """
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dppo_kernels._shard import VocabShard, greatest, nominal_vocab, summed
 from dppo_kernels._tiling import chunks
 from dppo_kernels.distill.kinds import Kind
 from dppo_kernels.distill.reference import RowDivergence
@@ -34,9 +37,11 @@ def divergence_rows(
     with_entropy: bool,
     with_agreement: bool,
     slope: Callable[[Tensor, slice], Tensor] | None = None,
+    shard: VocabShard | None = None,
 ) -> RowDivergence:
     """Of final logits [n, V], without -inf; both are overwritten, the student's by dD/dz where that is asked for.
 
+    With a `shard` V is of this rank's columns, and sums are over those of all ranks.
     `slope` makes logits and their rows into what their gradient is multiplied by, the derivative of a soft-cap. `entropy` and
     `agrees` are empty where they are not asked for.
     """
@@ -44,50 +49,58 @@ def divergence_rows(
     divergence = student.new_empty(n)
     entropy = student.new_empty(n if with_entropy else 0)
     agrees = torch.empty(n if with_agreement else 0, dtype=torch.bool, device=student.device)
-    for part in chunks(n, max(1, PIECE_ELEMENTS // max(vocab, 1))):
+    add = functools.partial(summed, shard)
+    for part in chunks(n, max(1, PIECE_ELEMENTS // max(nominal_vocab(shard, vocab), 1))):
         z_s, z_t = student[part], teacher[part]
         factor = slope(z_s, part) if slope is not None and with_gradient else None
-        max_s, max_t = z_s.amax(1, keepdim=True), z_t.amax(1, keepdim=True)
-        if with_agreement:
-            agrees[part] = ((z_s == max_s) & (z_t == max_t)).any(1)
-        q = _normalise(z_s, max_s)
-        p = _normalise(z_t, max_t)
+        max_s, max_t = greatest(shard, z_s.amax(1, keepdim=True), z_t.amax(1, keepdim=True))
+        agreeing = ((z_s == max_s) & (z_t == max_t)).any(1) if with_agreement else None
+        q, p = _exponentials(z_s, max_s), _exponentials(z_t, max_t)
+        total_s, total_t, agreeing = add(q.sum(1, keepdim=True), p.sum(1, keepdim=True), _number(agreeing, z_s))
+        for z, e, total in ((z_s, q, total_s), (z_t, p, total_t)):
+            z -= total.log()
+            e *= total.reciprocal()
+        if agreeing is not None:
+            agrees[part] = agreeing > 0
         if with_entropy:
-            entropy[part] = -(q * z_s).sum(1)
-        divergence[part] = _DIVERGENCES[kind.name](z_s, z_t, q, p, kind.beta, with_gradient)
+            (entropy[part],) = add(-(q * z_s).sum(1))
+        divergence[part] = _DIVERGENCES[kind.name](z_s, z_t, q, p, kind.beta, with_gradient, add)
         if factor is not None:
             z_s *= factor
     return RowDivergence(divergence.clamp_(min=0.0), entropy, agrees)
 
 
-def _normalise(z: Tensor, largest: Tensor) -> Tensor:
-    """Probabilities [n, V] of logits, which become log-probs in place."""
+def _exponentials(z: Tensor, largest: Tensor) -> Tensor:
+    """``exp(z - largest)`` [n, V] of logits, which become relative to the largest in place."""
     z -= largest
-    e = z.exp()
-    total = e.sum(1, keepdim=True)
-    z -= total.log()
-    return e.mul_(total.reciprocal_())
+    return z.exp()
 
 
-# Each takes log q, log p, q and p [n, V], all of which it may overwrite, and leaves the gradient in the first.
+def _number(flags: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if flags is None else flags.to(like.dtype)
 
 
-def _forward_kl(log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, beta: float, with_gradient: bool) -> Tensor:
+# Each takes log q, log p, q and p [n, V], all of which it may overwrite, and leaves the gradient in the first. `add` makes sums
+# over the columns that are here those over the vocabulary.
+_Add = Callable[..., list[Any]]
+
+
+def _forward_kl(log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, beta: float, with_gradient: bool, add: _Add) -> Tensor:
     u = log_p.sub_(log_q)
     if with_gradient:
         torch.sub(q, p, out=log_q)
-    return p.mul_(u).sum(1)
+    return add(p.mul_(u).sum(1))[0]
 
 
-def _reverse_kl(log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, beta: float, with_gradient: bool) -> Tensor:
+def _reverse_kl(log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, beta: float, with_gradient: bool, add: _Add) -> Tensor:
     u = log_q.sub_(log_p)
-    divergence = torch.mul(q, u, out=p).sum(1)
+    (divergence,) = add(torch.mul(q, u, out=p).sum(1))
     if with_gradient:
         u.sub_(divergence[:, None]).mul_(q)
     return divergence
 
 
-def _jsd(log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, beta: float, with_gradient: bool) -> Tensor:
+def _jsd(log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, beta: float, with_gradient: bool, add: _Add) -> Tensor:
     u = log_p.sub_(log_q)
     weight: float | Tensor = beta
     if beta != 0.5:  # torch.where would take eight times as long
@@ -96,18 +109,19 @@ def _jsd(log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, beta: float, with_g
     to_teacher = torch.clamp(u, max=0.0).sub_(a)
     of_teacher = p.mul_(to_teacher).sum(1)
     to_student = u.clamp_(min=0.0).add_(a)
-    of_student = torch.mul(q, to_student, out=p).sum(1)
+    of_teacher, of_student = add(of_teacher, torch.mul(q, to_student, out=p).sum(1))
     if with_gradient:
         torch.sub(to_student, of_student[:, None], out=log_q).mul_(q).mul_(beta - 1)
     return beta * of_teacher - (1 - beta) * of_student
 
 
-def _tv(log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, beta: float, with_gradient: bool) -> Tensor:
+def _tv(log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, beta: float, with_gradient: bool, add: _Add) -> Tensor:
     apart = torch.sub(q, p, out=p)
     divergence = torch.abs(apart, out=log_p).sum(1) / 2
-    if with_gradient:
-        sign = apart.sign_()
-        mean = torch.mul(q, sign, out=log_q).sum(1)
+    sign = apart.sign_() if with_gradient else None
+    mean = None if sign is None else torch.mul(q, sign, out=log_q).sum(1)
+    divergence, mean = add(divergence, mean)
+    if mean is not None:
         log_q.addcmul_(q, mean[:, None], value=-1).mul_(0.5)
     return divergence
 

@@ -36,6 +36,7 @@ def linear_distill_loss_fwd(task: Task) -> Result:
             with_entropy=task.with_entropy,
             with_agreement=task.with_agreement,
             slope=None if x.softcap is None else functools.partial(_slope, x),
+            shard=x.shard,
         )
         weights = task.loss_weights()
         weights = weights[rows] if isinstance(weights, Tensor) else weights
@@ -46,6 +47,7 @@ def linear_distill_loss_fwd(task: Task) -> Result:
         if wants_gradient:
             factor = x.row_slopes(rows.shape[0]) * weights
             accumulate_gradients(x, rows, z_s, factor[:, None], result.gradients)
+    result.gradients = result.gradients.sum_over_ranks(student.shard)
     return result
 
 

@@ -7,6 +7,7 @@ launches for as many chunks as there could be, and kernels of a chunk without ro
 import triton
 from torch import Tensor
 
+from dppo_kernels._shard import VocabShard, greatest, summed
 from dppo_kernels._tiling import GradPlan, chunks, pick_comparison_plan
 from dppo_kernels._triton import capability, launch_on, operand
 from dppo_kernels.distill.kernels import N_SAVED, divergence_gradient_kernel, divergence_row_kernel, logits_kernel
@@ -22,7 +23,14 @@ def linear_distill_loss_fwd(task: Task, plan: GradPlan | None = None, descriptor
     if task.mask.shape[0]:
         with launch_on(task.student.hidden.device):
             _Launcher(task, result, plan, descriptors).run()
+        result.gradients = result.gradients.sum_over_ranks(task.student.shard)
     return result
+
+
+def merge_ranks(shard: VocabShard, maxima: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """(max, sum of exponentials) [rows, 1] of the whole vocabulary, of those [rows, blocks] of this rank's columns."""
+    (largest,) = greatest(shard, maxima.amax(1, keepdim=True))
+    return largest, summed(shard, (sums * (maxima - largest).exp()).sum(1, keepdim=True))[0]
 
 
 class _Launcher:
@@ -90,11 +98,13 @@ class _Launcher:
 
     def compare(self, rows: CompactRows, part: slice) -> None:
         task, found = self.task, self.result.rows
-        n_blocks = [maxima.shape[1] for maxima, _ in self.partials]
+        shard = task.student.shard
+        partials = self.partials if shard is None else [merge_ranks(shard, *x) for x in self.partials]
+        n_blocks = [maxima.shape[1] for maxima, _ in partials]
         divergence_row_kernel[(part.stop - part.start,)](
             *self.logits,
-            *self.partials[0],
-            *self.partials[1],
+            *partials[0],
+            *partials[1],
             rows.inverse_temperature,
             task.mask,
             rows.order,
@@ -113,10 +123,26 @@ class _Launcher:
             TEMPERED=False,
             ENTROPY=task.with_entropy,
             AGREEMENT=task.with_agreement,
+            SHARDED=shard is not None,
             BLOCK_P=triton.next_power_of_2(max(n_blocks)),
             BLOCK_V=self.block_v,
             num_warps=self.num_warps,
         )
+        if shard is not None:
+            self.add_up(shard, rows.order[part])
+
+    def add_up(self, shard: VocabShard, rows: Tensor) -> None:
+        """What the columns of each rank contributed to a chunk's rows."""
+        found, centre = self.result.rows, self.saved[: rows.shape[0], 4]
+        agrees = found.agrees[rows].float() if self.task.with_agreement else None
+        entropy = found.entropy[rows] if self.task.with_entropy else None
+        divergence, whole_centre, entropy, agrees = summed(shard, found.divergence[rows], centre, entropy, agrees)
+        found.divergence[rows] = divergence.clamp_(min=0.0)
+        centre.copy_(whole_centre)
+        if entropy is not None:
+            found.entropy[rows] = entropy
+        if agrees is not None:
+            found.agrees[rows] = agrees > 0
 
     def differentiate(self, dz: Tensor, rows: CompactRows, part: slice, factor: Tensor) -> None:
         """The gradient of a chunk, and its GEMMs."""

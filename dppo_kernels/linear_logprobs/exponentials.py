@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dppo_kernels._row_stats import FINITE_MINUS_INF, pick_columns
+from dppo_kernels._shard import Reduction, greatest
 from dppo_kernels._tiling import TILE_ELEMENTS, chunks
 from dppo_kernels.linear_logprobs.gradient_gemms import weight_tiles
 from dppo_kernels.linear_logprobs.projection import Projection
@@ -89,33 +90,49 @@ class Exponentials(NamedTuple):
         return Exponentials(self.values[:count], *rest), order  # type: ignore[arg-type]
 
 
-def exponentials(
-    x: Projection,
-    ids: Tensor,
-    gather_ids: Tensor | None,
-    out: Tensor,
-    *,
-    with_entropy: bool,
-    fold_slope: bool,
-    with_top: bool = False,
-) -> tuple[Exponentials, Tensor | None]:
-    """Exponentials of all rows of `x` in `out` [n, V], and the logits [n, K] of `gather_ids`. FLOPs 2 n HV.
+class Folding:
+    """Exponentials of all rows of `x` in `out` [n, V], whose sums over the ranks are on their way until it `settle`s.
 
-    Args:
-        with_entropy: sum ``e (z - c)`` as well.
-        fold_slope: multiply the derivative of a soft-cap into the values.
-        with_top: find the largest logit as well.
+    FLOPs 2 n HV. With an entropy ``e (z - c)`` is summed as well, with a top the largest logit is found, and to fold the slope
+    is to multiply the derivative of a soft-cap into the values. `target`: `Projection.target_logits` of the ids, if known.
     """
-    target, slope = x.logits_at(x.hidden_rows(slice(0, ids.shape[0])), ids[:, None])
-    target = target.squeeze(1)
-    found, gathered = _fold(x, ids, gather_ids, out, target, target, with_entropy, fold_slope, with_top)
-    fits = found.rest <= LARGEST_SUM  # False for NaN
-    if not bool(fits.all()):
-        for cols, w in weight_tiles(x):
-            x.logits(x.hidden_rows(slice(0, ids.shape[0])), w, slice(0, ids.shape[0]), cols, out[:, cols])
-        anchor = torch.where(fits, target, out.amax(1))
-        found, gathered = _fold(x, ids, gather_ids, out, anchor, target, with_entropy, fold_slope, with_top)
-    return found._replace(target_slope=None if slope is None else slope.squeeze(1)), gathered
+
+    def __init__(
+        self,
+        x: Projection,
+        ids: Tensor,
+        gather_ids: Tensor | None,
+        out: Tensor,
+        *,
+        with_entropy: bool,
+        fold_slope: bool,
+        with_top: bool = False,
+        target: tuple[Tensor, Tensor | None] | None = None,
+    ) -> None:
+        self.x, self.ids, self.gather_ids, self.out = x, ids, gather_ids, out
+        self.options = (with_entropy, fold_slope, with_top)
+        self.target, self.target_slope = x.target_logits(ids) if target is None else target
+        self._start(self.target)
+
+    def _start(self, anchor: Tensor) -> None:
+        self.anchor = anchor
+        rest, dot, self.top, gathered = _fold(self.x, self.ids, self.gather_ids, self.out, anchor, *self.options)
+        self.sums = Reduction(self.x.shard, (rest, dot, gathered))
+
+    def settle(self) -> tuple[Exponentials, Tensor | None]:
+        """The exponentials, and the logits [n, K] of the ids to gather."""
+        rest, dot, gathered = self.sums.wait()
+        fits = rest <= LARGEST_SUM  # False for NaN
+        if not bool(fits.all()):
+            rows, x = slice(0, self.ids.shape[0]), self.x
+            for cols, w in weight_tiles(x):
+                x.logits(x.hidden_rows(rows), w, rows, cols, self.out[:, cols])
+            (largest,) = greatest(x.shard, self.out.amax(1))
+            self._start(torch.where(fits, self.target, largest))
+            rest, dot, gathered = self.sums.wait()
+        (top,) = greatest(self.x.shard, self.top)
+        found = Exponentials(self.out, self.ids, self.anchor, self.target, self.target_slope, rest, dot, top)
+        return found, gathered
 
 
 def gradient_operand(
@@ -128,7 +145,7 @@ def gradient_operand(
     slopes = x.row_slopes(rows)
     if entropy_weight is None or entropy is None:
         values = -e.rest if e.target_slope is None else -e.rest * e.target_slope
-        e.values.scatter_(1, e.ids[:, None], values[:, None])
+        put_column(e.values, e.ids, values)
         return e.values, -(dlogprobs / e.total()) * slopes
     log_total, total = e.log_total(), e.total()
     on_probs = (-dlogprobs / total)[:, None]
@@ -146,7 +163,7 @@ def gradient_operand(
     at_target = dlogprobs * (e.rest / total) - entropy_weight * p * (logp.clamp(min=FINITE_MINUS_INF) + entropy)
     if e.target_slope is not None:
         at_target = at_target * e.target_slope
-    e.values.scatter_(1, e.ids[:, None], at_target[:, None])
+    put_column(e.values, e.ids, at_target)
     return e.values, slopes
 
 
@@ -156,11 +173,11 @@ def _fold(
     gather_ids: Tensor | None,
     out: Tensor,
     anchor: Tensor,
-    target: Tensor,
     with_entropy: bool,
     fold_slope: bool,
     with_top: bool,
-) -> tuple[Exponentials, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(R, D, largest logit, logits of the ids to gather) of this rank's columns; the exponentials are in `out`."""
     n = ids.shape[0]
     rows = slice(0, n)
     h = x.hidden_rows(rows)
@@ -180,7 +197,7 @@ def _fold(
             tile = out[:, first : cols.start + piece.stop]
             slope = 1 - x.bent(tile, slice(None)).square() if fold_slope and x.softcap is not None else None
             tile -= anchor[:, None]
-            _exclude_columns(tile, ids - first)
+            put_column(tile, ids - first, -torch.inf)
             if top is not None:
                 torch.maximum(top, tile.amax(1), out=top)
             if dot is None:
@@ -192,11 +209,11 @@ def _fold(
             rest += tile.sum(1)
             if slope is not None:
                 tile *= slope
-    return Exponentials(out, ids, anchor, target, None, rest, dot, top), gathered
+    return rest, dot, top, gathered
 
 
-def _exclude_columns(tile: Tensor, local: Tensor) -> None:
-    """``tile[r, local[r]] = -inf`` where that column is in the tile."""
+def put_column(tile: Tensor, local: Tensor, values: Tensor | float) -> None:
+    """``tile[r, local[r]] = values[r]`` where that column is in the tile."""
     inside = (local >= 0) & (local < tile.shape[1])
     columns = local.clamp(0, tile.shape[1] - 1)[:, None]
-    tile.scatter_(1, columns, tile.gather(1, columns).masked_fill(inside[:, None], -torch.inf))
+    tile.scatter_(1, columns, torch.where(inside, values, tile.gather(1, columns).squeeze(1))[:, None])

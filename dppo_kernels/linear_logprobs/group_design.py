@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from dppo_kernels._numerics import stat_dtype
+from dppo_kernels._shard import VocabShard, nominal_vocab
 from dppo_kernels._tiling import DEFAULT_WORKSPACE_BYTES, MIN_ROWS, ROW_BLOCKS, TARGET_ROWS, balanced, kind_of
 
 
@@ -43,6 +44,7 @@ def choose_design(
     target_rows: int,
     row_multiple: int = 1,
     exponent_range: bool = True,
+    overlapped: bool = False,
 ) -> Design:
     """The design for `n_rows` rows with exponentials of `element_size` bytes.
 
@@ -53,6 +55,7 @@ def choose_design(
         target_rows: rows per chunk above which GEMMs gain nothing.
         row_multiple: rows of a kernel's block; chunks are made of whole blocks.
         exponent_range: whether exponentials fit their dtype (float16's range is too small).
+        overlapped: whether a chunk's sums travel between ranks while the next chunk is projected, which takes two slots.
     """
     if not needs_gradient:
         return Design("score")
@@ -63,8 +66,9 @@ def choose_design(
     if fit < min(max(MIN_ROWS, row_multiple), in_blocks):
         return Design("recompute", why="the workspace holds no chunk of rows")
     if not by_sequence:
-        chunk_rows = balanced(n_rows, min(fit, target_rows))
-        return Design("forward", -(-chunk_rows // row_multiple) * row_multiple, 1)
+        slots = 2 if overlapped and fit >= 2 * row_multiple else 1
+        chunk_rows = balanced(n_rows, min(fit // slots, target_rows))
+        return Design("forward", -(-chunk_rows // row_multiple) * row_multiple, slots)
     slots = max(1, -(-min(fit, in_blocks) // target_rows))
     chunk_rows = max(1, min(fit, in_blocks) // slots // row_multiple) * row_multiple
     return Design("keep", chunk_rows, slots, longest_sequence > slots * chunk_rows)
@@ -81,13 +85,17 @@ def design_on(
     needs_gradient: bool,
     by_sequence: bool,
     workspace_bytes: int | None,
+    shard: VocabShard | None = None,
 ) -> Design:
-    """`choose_design` with the figures of a device and a backend; a workspace of None is the default."""
+    """`choose_design` with the figures of a device and a backend; a workspace of None is the default.
+
+    `vocab` is that of the head that is here. With a shard it is not what decides: all ranks decide the same.
+    """
     kind, on_kernels = kind_of(device), backend == "triton"
     return choose_design(
         n_rows=n_rows,
         longest_sequence=longest_sequence,
-        vocab=vocab,
+        vocab=nominal_vocab(shard, vocab),
         element_size=(dtype if on_kernels else stat_dtype(dtype)).itemsize,
         needs_gradient=needs_gradient,
         by_sequence=by_sequence,
@@ -95,4 +103,5 @@ def design_on(
         target_rows=TARGET_ROWS[kind],
         row_multiple=ROW_BLOCKS[kind] if on_kernels else 1,
         exponent_range=not on_kernels or dtype != torch.float16,
+        overlapped=shard is not None,
     )

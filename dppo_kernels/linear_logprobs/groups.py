@@ -7,6 +7,7 @@ follow while the group's exponentials exist: 2 n1 HV and 4 n2 HV, over n1 rows t
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -36,7 +37,8 @@ class GroupTask:
     design: Design
     needs: Needs
     gather_ids: Tensor | None = None  # [N, K]
-    sequence_length: int | None = None  # rows whose coefficients become known together; None: each by itself
+    # First rows of what has its coefficients known together (sequences, pairs), and the end; None: each row by itself.
+    bounds: Sequence[int] | None = None
     entropy_weight: Tensor | None = None  # dL/dH of every scored row, if there is an entropy bonus
     counts: Sequence[int] | None = None  # scored rows of each sequence, if the host knows: groups hold as many as fit
     outputs: frozenset[str] = frozenset()  # besides log-probs, of `OUTPUTS`; designs in chunks have those of `CHUNK_OUTPUTS`
@@ -45,6 +47,13 @@ class GroupTask:
         """Raises ValueError where a design in chunks is given outputs that it does not have."""
         if not self.outputs <= set(CHUNK_OUTPUTS):
             raise ValueError(f"design {self.design.name!r} has no {', '.join(sorted(self.outputs - set(CHUNK_OUTPUTS)))}")
+
+    def rows_of_units(self) -> list[int]:
+        """Scored rows of each unit between the bounds, or as many as there could be."""
+        if self.counts is not None:
+            return list(self.counts)
+        assert self.bounds is not None, "rows by themselves have no units"
+        return [stop - start for start, stop in pairwise(self.bounds)]
 
     @property
     def with_entropy(self) -> bool:

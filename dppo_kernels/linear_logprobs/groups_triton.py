@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from dppo_kernels._shard import summed
 from dppo_kernels._tiling import GradPlan, chunks
 from dppo_kernels._triton import INTERPRET, launch_on
 from dppo_kernels.linear_logprobs.exponentials import Scores
@@ -18,7 +19,7 @@ from dppo_kernels.linear_logprobs.groups import GroupResult, GroupTask, runs
 from dppo_kernels.linear_logprobs.kernels import CompactRows, compact_rows, gather_logits
 from dppo_kernels.linear_logprobs.kernels_bwd import column_sums_kernel
 from dppo_kernels.linear_logprobs.kernels_chunk import entropy_gradient_kernel, move_rows_kernel, scale_rows_kernel
-from dppo_kernels.linear_logprobs.kernels_exp import ROW_BLOCK, ChunkLauncher, Sums, scatter_rows_kernel
+from dppo_kernels.linear_logprobs.kernels_exp import ROW_BLOCK, ChunkLauncher, Projecting, Sums, scatter_rows_kernel
 from dppo_kernels.linear_logprobs.kernels_rows import row_operands_kernel, row_scores_kernel
 
 COPY_BLOCK = 1024
@@ -50,15 +51,10 @@ def run_groups(task: GroupTask, plan: GradPlan | None = None, descriptors: bool 
     if task.ids.shape[0]:
         with launch_on(task.projection.hidden.device):
             launcher = GroupLauncher(task, result, plan, descriptors)
-            length = task.sequence_length
-            assert length is not None, "rows by themselves have a row kernel"
-            capacity = launcher.chunk_rows * task.design.slots
-            if task.counts is not None:
-                for first, last, n in runs(task.counts, capacity):
-                    launcher.run_sequences(slice(first * length, last * length), n)
-            else:
-                for span in chunks(task.ids.shape[0], max(1, capacity // length) * length):
-                    launcher.run_sequences(span, span.stop - span.start)
+            assert task.bounds is not None, "rows by themselves have a row kernel"
+            for first, last, n in runs(task.rows_of_units(), launcher.chunk_rows * task.design.slots):
+                launcher.run_sequences(slice(task.bounds[first], task.bounds[last]), n)
+        result.gradients = result.gradients.sum_over_ranks(task.projection.shard)
     return result
 
 
@@ -86,10 +82,23 @@ class GroupLauncher(ChunkLauncher):
         group = self.group(span)
         parts = chunks(n, self.chunk_rows)
         kept: dict[int, tuple[int, Sums]] = {}  # slot -> (chunk, its sums)
+
+        def settle(ahead: tuple[int, Projecting] | None) -> None:
+            if ahead is not None:
+                chunk, projecting = ahead
+                sums = projecting.settle()
+                kept[min(chunk, len(self.slots) - 1)] = chunk, sums
+                self.score(group, parts[chunk], sums)
+
+        ahead = None
         for i, part in enumerate(parts):
-            slot = min(i, len(self.slots) - 1)
-            kept[slot] = i, self.project(group, part, self.slots[slot])
-            self.score(group, part, kept[slot][1])
+            if i >= len(self.slots):  # its slot is that of the one ahead
+                settle(ahead)
+                ahead = None
+            projecting = self.project(group, part, self.slots[min(i, len(self.slots) - 1)])
+            settle(ahead)
+            ahead = i, projecting
+        settle(ahead)
         scores = Scores(**{name: values[span] for name, values in result.rows.items()})
         dlogprobs = torch.zeros_like(result.logprobs)
         dlogprobs[span] = task.coefficients(span, None, scores)
@@ -99,7 +108,7 @@ class GroupLauncher(ChunkLauncher):
         # Last chunk first: its slot is where the others are projected again.
         for i in sorted(range(len(parts)), key=lambda i: (i not in in_slot, -i)):
             slot, sums = in_slot[i] if i in in_slot else (len(self.slots) - 1, None)
-            sums = sums or self.project(group, parts[i], self.slots[slot])
+            sums = sums or self.project(group, parts[i], self.slots[slot]).settle()
             self.gradients(group, parts[i], self.slots[slot], sums, self.operands(group, parts[i], sums, dlogprobs))
 
     def group(self, span: slice) -> Group:
@@ -109,11 +118,11 @@ class GroupLauncher(ChunkLauncher):
         compacted = compact_rows(x, counted)
         ids = task.ids[span].masked_fill(~counted, -1)
         all_ids = ids[:, None] if task.gather_ids is None else torch.cat([ids[:, None], task.gather_ids[span]], 1)
-        z = gather_logits(x, self.weight, compacted, all_ids.contiguous())
+        (z,) = summed(x.shard, gather_logits(x, self.weight, compacted, all_ids.contiguous()))
         return Group(compacted._replace(order=compacted.order + span.start), ids[compacted.order], z)
 
-    def project(self, group: Group, part: slice, slot: Tensor) -> Sums:
-        return self.exponentials(group.rows, group.ids, group.z[:, 0].contiguous(), part, slot)
+    def project(self, group: Group, part: slice, slot: Tensor) -> Projecting:
+        return Projecting(self, group.rows, group.ids, group.z[:, 0].contiguous(), part, slot)
 
     def score(self, group: Group, part: slice, sums: Sums) -> None:
         row_scores_kernel[(triton.cdiv(self.chunk_rows, ROW_BLOCK),)](

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dppo_kernels._row_stats import FINITE_MINUS_INF
+from dppo_kernels._shard import ELSEWHERE, VocabShard, greatest, summed
 from dppo_kernels._tiling import LsePlan, pick_lse_plan
 from dppo_kernels._tl import fold_tile, merge_stats, nonpositive, project_tile, settle_on_max, transform_logits
 from dppo_kernels._triton import INTERPRET, can_describe, capability, launch_on, operand, program_count
@@ -315,10 +317,12 @@ def compact_rows(projection: Projection, active: Tensor, like: CompactRows | Non
 
 
 def gather_logits(projection: Projection, weight: Tensor, rows: CompactRows, ids: Tensor) -> Tensor:
-    """Logits [N, K] of `ids` [N, K], in compacted order; unset where an id is negative or a row inactive."""
+    """Logits [N, K] of `ids` [N, K], compacted; 0 where an id is negative or not here, unset where a row is inactive."""
     n, k = ids.shape
     width = projection.hidden.shape[1]
     z = rows.hidden.new_empty((n, k), dtype=torch.float32)
+    if projection.shard is not None:
+        ids = torch.where(projection.holds(ids), ids, -1)
     block_k = min(16, triton.next_power_of_2(k))
     if n:
         gather_dot_kernel[(n, triton.cdiv(k, block_k))](
@@ -380,7 +384,7 @@ def linear_logprobs_fwd(
         return out
     with launch_on(device):
         rows = compact_rows(projection, counted)
-        z = gather_logits(projection, weight, rows, all_ids)
+        (z,) = summed(projection.shard, gather_logits(projection, weight, rows, all_ids))
         described = can_describe(device, rows.hidden, weight, wanted=descriptors)
         plan = plan or pick_lse_plan(capability(device), weight.dtype, described)
         n_segments = triton.cdiv(vocab, plan.block_v * plan.segment_tiles)
@@ -422,6 +426,10 @@ def linear_logprobs_fwd(
             **rows.low_rank_arguments(),
             **flags,
         )
+        top1 = None
+        if projection.shard is not None:
+            partials, top1 = merge_ranks(projection.shard, partials, all_ids[rows.order, 0], asked)
+            n_segments, flags["ARGMAX"] = 1, False
         linear_finish_kernel[(triton.cdiv(n, FINISH_ROWS),)](
             *partials,
             z,
@@ -431,11 +439,41 @@ def linear_logprobs_fwd(
             *(out[name] for name in (*names, "is_top1")),
             out.get("gathered", z),
             n,
-            vocab,
+            projection.vocab,
             all_ids.shape[1],
             n_segments,
             BLOCK_N=FINISH_ROWS,
             num_warps=1,
             **flags,
         )
+        if top1 is not None:
+            live = torch.arange(n, device=device) < rows.n_active
+            out["is_top1"].index_copy_(0, rows.order, top1 & live)
     return out
+
+
+def merge_ranks(
+    shard: VocabShard, partials: list[Tensor], targets: Tensor, asked: dict[str, bool]
+) -> tuple[list[Tensor], Tensor | None]:
+    """(partials of one segment, the whole vocabulary; whether the target is the first of the largest logits [N])."""
+    maxima, sums, dots, sums_sq, totals, best = partials
+    own = maxima.amax(0)
+    (largest,) = greatest(shard, own.clone())
+    shift = (maxima - largest.masked_fill(largest == -torch.inf, 0.0)).clamp_(min=FINITE_MINUS_INF)
+    rescale = shift.exp()
+    top1 = None
+    if asked["is_top1"]:
+        segment = maxima.argmax(0, keepdim=True)  # the first of several that are equal
+        here = (own == largest) & (best.gather(0, segment).squeeze(0) == targets)
+        # A tie with a lower id, on a rank before the target's, takes it away again.
+        top1 = here.to(sums.dtype) - ((own == largest) & (targets == ELSEWHERE)).to(sums.dtype)
+    parts = (
+        (rescale * sums).sum(0),
+        (rescale * (dots + shift * sums)).sum(0) if asked["entropy"] else None,
+        (rescale.square() * sums_sq).sum(0) if asked["log_sum_sq_probs"] else None,
+        totals.sum(0) if asked["mean_logits"] else None,
+        top1,
+    )
+    *merged, top1 = summed(shard, *parts)
+    kept = [old if new is None else new for new, old in zip(merged, (sums, dots, sums_sq, totals), strict=True)]
+    return [largest, *kept, best], None if top1 is None else top1 == 1

@@ -8,12 +8,15 @@ strip of dweight over row chunks; both are rounded once. Only rows with upstream
 device, their count stays there. Every sum has a fixed order. FLOPs: 2 n HV a GEMM for n active rows; frozen inputs skip theirs.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dppo_kernels._row_stats import Upstream
+from dppo_kernels._shard import VocabShard, summed
 from dppo_kernels._tiling import GradPlan, chunks, pick_grad_plan
 from dppo_kernels._tl import FINITE_MINUS_INF, load_tile, project_tile, settle_on_max, transform_logits
 from dppo_kernels._triton import INTERPRET, can_describe, capability, descriptor_obstacle, launch_on, operand
@@ -274,11 +277,12 @@ def linear_logprobs_bwd(
         plan = plan or pick_grad_plan(capability(device), weight.dtype, described, narrow=projection.narrow)
         row_chunks, columns = chunks(n, plan.chunk_rows), chunks(vocab, plan.strip_cols)
         chunk_rows = min(n, plan.chunk_rows)
-        products = [_Product(projection.weight, weight, rows.hidden, wanted.hidden, wanted.weight, plan, described, n)]
+        make = functools.partial(_Product, plan=plan, described=described, n=n, shard=projection.shard)
+        products = [make(projection.weight, weight, rows.hidden, wanted.hidden, wanted.weight)]
         if projection.low_rank is not None and rows.low_rank is not None:
             low_hidden, low_weight = rows.low_rank
             needs_low = wanted.low_hidden, wanted.low_weight
-            products.append(_Product(projection.low_rank[1], low_weight, low_hidden, *needs_low, plan, described, n))
+            products.append(make(projection.low_rank[1], low_weight, low_hidden, *needs_low))
         # Whole row blocks: the recomputation writes zeros behind the last row, which the GEMMs read.
         dz = hidden.new_empty((triton.cdiv(chunk_rows, plan.block_n) * plan.block_n, plan.strip_cols), dtype=stored)
         launch = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
@@ -362,8 +366,10 @@ class _Product:
         plan: GradPlan,
         described: bool,
         n: int,
+        shard: VocabShard | None,
     ) -> None:
         self.original, self.weight, self.hidden, self.plan, self.n = original, weight, hidden, plan, n
+        self.shard = shard
         width, device = weight.shape[1], weight.device
         self.described = described and all(descriptor_obstacle(device, x) is None for x in (weight, hidden))
         self.dhidden = torch.zeros((n, width), dtype=torch.float32, device=device) if needs_hidden else None
@@ -422,6 +428,7 @@ class _Product:
         """Of `hidden` [N, width] in the caller's order, and of the weight; in their own dtypes."""
         dhidden = None
         if self.dhidden is not None:
+            (self.dhidden,) = summed(self.shard, self.dhidden)
             dhidden = torch.empty_like(hidden).index_copy_(0, order, self.dhidden.to(hidden.dtype))
         return dhidden, None if self.dweight is None else self.dweight.to(self.original.dtype)
 

@@ -85,5 +85,5 @@ def scale_rows_kernel(
     if (tl.program_id(1) == 0) & kept:
         tl.store(out_factor_ptr + row, factor)
         target = tl.load(ids_ptr + first_row + source)
-        if target < COLS:  # ids are not checked on a device
+        if (target >= 0) & (target < COLS):  # ids are not checked on a device, and another rank may hold them
             tl.store(e_ptr + row.to(tl.int64) * COLS + target, tl.load(at_target_ptr + source).to(e_ptr.dtype.element_ty))

@@ -7,6 +7,7 @@ writes the sums of its tile; a second stage merges them in a fixed order. Rows w
 -44) are flagged, and only their blocks are projected again, scaled by their maximum: no host wait.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dppo_kernels._shard import Reduction, summed
 from dppo_kernels._tiling import GradPlan
 from dppo_kernels._tl import FINITE_MINUS_INF, project_tile, transform_logits
 from dppo_kernels._triton import operand
@@ -22,6 +24,7 @@ from dppo_kernels.linear_logprobs.kernels_gemm import ChunkGemms
 from dppo_kernels.linear_logprobs.projection import Projection
 
 LARGEST_SUM = tl.constexpr(2.0**64)
+LARGEST_EXPONENT = math.log(LARGEST_SUM.value)
 ROW_BLOCK = 32  # rows per program of a row stage: many small programs, it waits for loads
 
 
@@ -196,60 +199,95 @@ class ChunkLauncher(ChunkGemms):
         """Room for a chunk of exponentials."""
         return self.new((self.chunk_rows, self.cols), self.stored)
 
-    def exponentials(self, rows: CompactRows, ids: Tensor, target: Tensor, part: slice, slot: Tensor) -> Sums:
-        """Exponentials of a chunk in `slot`, and their sums; `ids` [N] and their logits `target` [N] in compacted order."""
-        x, plan = self.x, self.plan
-        sums = Sums(*(self.new(self.chunk_rows) for _ in Sums._fields))
-        size = part.stop - part.start
-        sums.anchor[:size] = target[part]
-        row_blocks = self.chunk_rows // plan.block_n
-        redo = torch.zeros(row_blocks, dtype=torch.int32, device=self.device)
-        for again in (False, True):
-            exponentials_kernel[(row_blocks, self.cols // plan.block_v)](
-                operand(rows.hidden, (plan.block_n, plan.block_h), self.described),
-                operand(self.weight, (plan.block_v, plan.block_h), self.described),
-                x.bias if x.bias is not None else self.weight,
-                rows.inverse_temperature,
-                ids,
-                sums.anchor,
-                rows.n_active,
-                redo,
-                slot,
-                *self.partials,
-                part.start,
-                self.chunk_rows,
-                rows.hidden.shape[0],
-                self.vocab,
-                self.width,
-                x.logit_scale,
-                x.softcap or 1.0,
-                *self.weight.stride(),
-                **rows.low_rank_arguments(),
-                HAS_BIAS=x.bias is not None,
-                HAS_SOFTCAP=x.softcap is not None,
-                FOLD_SLOPE=self.fold_slope,
-                ENTROPY=self.with_dot,
-                REDO=again,
-                COLS=self.cols,
-                BLOCK_N=plan.block_n,
-                BLOCK_V=plan.block_v,
-                BLOCK_H=plan.block_h,
-                **self.tile,
-                **self.launch,
-            )
-            merge_sums_kernel[(triton.cdiv(self.chunk_rows, ROW_BLOCK),)](
-                *self.partials,
-                target,
-                rows.n_active,
-                redo,
-                *sums,
-                part.start,
-                self.chunk_rows,
-                self.cols // plan.block_v,
-                ENTROPY=self.with_dot,
-                REDO=again,
-                BLOCK_N=ROW_BLOCK,
-                PROJECTION_BLOCK_N=plan.block_n,
-                num_warps=1,
-            )
-        return sums
+
+class Projecting:
+    """Exponentials of a chunk in `slot`, whose largest logits are on their way between ranks until it `settle`s.
+
+    `ids` [N] and their logits `target` [N] are in compacted order.
+    """
+
+    def __init__(
+        self, launcher: ChunkLauncher, rows: CompactRows, ids: Tensor, target: Tensor, part: slice, slot: Tensor
+    ) -> None:
+        self.launcher, self.rows, self.ids, self.target, self.part, self.slot = launcher, rows, ids, target, part, slot
+        self.sums = Sums(*(launcher.new(launcher.chunk_rows) for _ in Sums._fields))
+        self.sums.anchor[: part.stop - part.start] = target[part]
+        row_blocks = launcher.chunk_rows // launcher.plan.block_n
+        self.redo = torch.zeros(row_blocks, dtype=torch.int32, device=launcher.device)
+        self._launch(again=False)
+        shard = launcher.x.shard
+        self.largest = None if shard is None else Reduction(shard, (self.sums.top.clone(),), greatest=True)
+
+    def settle(self) -> Sums:
+        """The sums, of the whole vocabulary."""
+        if self.largest is not None:
+            self._agree()
+        self._launch(again=True)
+        rest, dot = summed(self.launcher.x.shard, self.sums.rest, self.sums.dot if self.launcher.with_dot else None)
+        return self.sums._replace(rest=rest, dot=self.sums.dot if dot is None else dot)
+
+    def _agree(self) -> None:
+        """Anchors that all ranks share, wherever the largest logit is; which rows fit is decided by it alone."""
+        assert self.largest is not None
+        size = self.part.stop - self.part.start
+        (top,) = self.largest.wait()
+        target, largest = self.target[self.part], top[:size]
+        fits = largest - target <= LARGEST_EXPONENT - math.log(self.launcher.x.vocab)  # False for NaN
+        live = torch.arange(self.part.start, self.part.stop, device=target.device) < self.rows.n_active
+        self.sums.top.copy_(top)
+        self.sums.anchor[:size] = torch.where(fits, target, torch.maximum(largest, target))
+        self.redo.zero_()
+        block = torch.arange(size, device=target.device) // self.launcher.plan.block_n
+        self.redo.index_put_((block,), (live & ~fits).int(), accumulate=True)
+
+    def _launch(self, *, again: bool) -> None:
+        launcher, rows, part = self.launcher, self.rows, self.part
+        x, plan, sums, redo = launcher.x, launcher.plan, self.sums, self.redo
+        row_blocks = launcher.chunk_rows // plan.block_n
+        exponentials_kernel[(row_blocks, launcher.cols // plan.block_v)](
+            operand(rows.hidden, (plan.block_n, plan.block_h), launcher.described),
+            operand(launcher.weight, (plan.block_v, plan.block_h), launcher.described),
+            x.bias if x.bias is not None else launcher.weight,
+            rows.inverse_temperature,
+            self.ids,
+            sums.anchor,
+            rows.n_active,
+            redo,
+            self.slot,
+            *launcher.partials,
+            part.start,
+            launcher.chunk_rows,
+            rows.hidden.shape[0],
+            launcher.vocab,
+            launcher.width,
+            x.logit_scale,
+            x.softcap or 1.0,
+            *launcher.weight.stride(),
+            **rows.low_rank_arguments(),
+            HAS_BIAS=x.bias is not None,
+            HAS_SOFTCAP=x.softcap is not None,
+            FOLD_SLOPE=launcher.fold_slope,
+            ENTROPY=launcher.with_dot,
+            REDO=again,
+            COLS=launcher.cols,
+            BLOCK_N=plan.block_n,
+            BLOCK_V=plan.block_v,
+            BLOCK_H=plan.block_h,
+            **launcher.tile,
+            **launcher.launch,
+        )
+        merge_sums_kernel[(triton.cdiv(launcher.chunk_rows, ROW_BLOCK),)](
+            *launcher.partials,
+            self.target,
+            rows.n_active,
+            redo,
+            *sums,
+            part.start,
+            launcher.chunk_rows,
+            launcher.cols // plan.block_v,
+            ENTROPY=launcher.with_dot,
+            REDO=again,
+            BLOCK_N=ROW_BLOCK,
+            PROJECTION_BLOCK_N=plan.block_n,
+            num_warps=1,
+        )

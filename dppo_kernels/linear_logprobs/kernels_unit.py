@@ -11,13 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 from dppo_kernels._row_stats import Upstream
+from dppo_kernels._shard import pipelined, summed
 from dppo_kernels._tiling import GradPlan, chunks
 from dppo_kernels._tl import LEAST_OTHERS, expm1_nonpositive
 from dppo_kernels._triton import INTERPRET, launch_on
 from dppo_kernels.linear_logprobs.exponentials import Exponentials
 from dppo_kernels.linear_logprobs.kernels import compact_rows, gather_logits
 from dppo_kernels.linear_logprobs.kernels_bwd import scatter_picked_kernel
-from dppo_kernels.linear_logprobs.kernels_exp import ChunkLauncher, scatter_rows_kernel
+from dppo_kernels.linear_logprobs.kernels_exp import ChunkLauncher, Projecting, scatter_rows_kernel
 from dppo_kernels.linear_logprobs.projection import Projection
 from dppo_kernels.linear_logprobs.unit_gradient import picked_gradients
 
@@ -103,16 +104,23 @@ def unit_gradient_fwd(
     out = {name: unit.new_zeros(n) for name in names} | {"unit": unit, "picked": unit.new_zeros(all_ids.shape)}
     if n:
         with launch_on(x.hidden.device):
+            # While a chunk's largest logits come in from other ranks, the next chunk is projected.
+            n_slots = 1 if x.shard is None else 2
+            chunk_rows = max(1, chunk_rows // n_slots)
             launcher = ChunkLauncher(x, chunk_rows, with_dot=with_entropy, fold_slope=True, plan=plan, descriptors=descriptors)
-            size, slot = launcher.chunk_rows, launcher.new_slot()
+            size, slots = launcher.chunk_rows, [launcher.new_slot() for _ in range(n_slots)]
             rows = compact_rows(x, counted)
-            z = gather_logits(x, launcher.weight, rows, all_ids)
+            (z,) = summed(x.shard, gather_logits(x, launcher.weight, rows, all_ids))
             picked_ids = all_ids[rows.order]
             k, target_ids, target = z.shape[1], picked_ids[:, 0].contiguous(), z[:, 0].contiguous()
             nothing, source = torch.zeros_like(z), torch.arange(size, device=z.device)
             sums = []
-            for part in chunks(n, size):
-                of_chunk = launcher.exponentials(rows, target_ids, target, part, slot)
+
+            def start(number: int, part: slice) -> Projecting:
+                return Projecting(launcher, rows, target_ids, target, part, slots[number % len(slots)])
+
+            def finish(part: slice, projecting: Projecting) -> None:
+                of_chunk, slot = projecting.settle(), projecting.slot
                 live = slice(0, part.stop - part.start)
                 sums.append([x[live] for x in of_chunk])
                 scatter_picked_kernel[(size,)](
@@ -143,11 +151,13 @@ def unit_gradient_fwd(
                     width,
                     BLOCK_H=block_h,
                 )
+
+            pipelined(chunks(n, size), start, finish, n_slots)
             anchor, rest, dot, top = (torch.cat(x) for x in zip(*sums, strict=True))
             e_target = (target - anchor).exp()
             # The kernels' sums leave the target out.
             whole_dot = dot + torch.where(e_target > 0, e_target * (target - anchor), 0.0) if with_entropy else None
-            e = Exponentials(slot, target_ids, anchor, target, None, rest, whole_dot)
+            e = Exponentials(slots[0], target_ids, anchor, target, None, rest, whole_dot)
             log_total, row_max = e.log_total(), torch.maximum(anchor, top)
             log_sum = log_total - (row_max - anchor)
             # As `settle_on_max` does: the target settles on its own logit, which is the anchor.
@@ -180,12 +190,15 @@ def unit_gradient_bwd(
     """Gradient of hidden in its own dtype; of the head only the rows of picked ids are read."""
     hidden, (n, width) = projection.hidden, projection.hidden.shape
     # Kernels of an interpreter round bfloat16 wrongly: torch rounds what they store.
-    dhidden = torch.empty_like(hidden, dtype=torch.float32 if INTERPRET else None)
+    in_full = INTERPRET or projection.shard is not None  # and sums over ranks are rounded once
+    dhidden = torch.empty_like(hidden, dtype=torch.float32 if in_full else None)
     if n == 0:
         return dhidden.to(hidden.dtype)
     weight = projection.weight.to(projection.compute_dtype)
     active = upstream.any_per_row(ids != ignore_index)
     picked_ids, gradients = picked_gradients(ids, gather_ids, upstream)
+    if projection.shard is not None:
+        picked_ids = torch.where(projection.holds(picked_ids), picked_ids, -1)
     on_probs, _ = upstream.on_probs(gather_ids, None, saved["row_max"])
     if isinstance(projection.temperature, Tensor):
         inverse_temperature = projection.temperature.float().reciprocal()
@@ -216,4 +229,4 @@ def unit_gradient_bwd(
             BLOCK_K=block_k,
             BLOCK_H=block_h,
         )
-    return dhidden.to(hidden.dtype)
+    return summed(projection.shard, dhidden)[0].to(hidden.dtype)

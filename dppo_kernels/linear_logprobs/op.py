@@ -5,11 +5,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from dppo_kernels import _backend, _checks
 from dppo_kernels._lora import LoraWeight, split_head
 from dppo_kernels._numerics import autocast_dtype, compute_dtype_of, split_temperature, stat_dtype
 from dppo_kernels._row_stats import OUTPUTS, Upstream
+from dppo_kernels._shard import VocabShard, check_ranks, encode, local_ids, nominal_vocab, take_shard, whole_head
 from dppo_kernels._tiling import DEFAULT_WORKSPACE_BYTES, TARGET_ROWS, kind_of
 from dppo_kernels.linear_logprobs import groups_torch, torch_impl, unit_gradient
 from dppo_kernels.linear_logprobs.design import Design, choose_design
@@ -42,6 +44,9 @@ def linear_logprobs(
     softcap: float | None = None,
     ignore_index: int = -100,
     outputs: Sequence[str] = ("logprobs",),
+    process_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
     workspace_bytes: int | None = None,
     backend: str | None = None,
     check_values: bool = False,
@@ -69,6 +74,12 @@ def linear_logprobs(
         softcap: Gemma-style soft-cap of the logits.
         outputs: any of "logprobs", "lse", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"; the last three carry no
             gradient. Outputs not asked for are None and cost nothing.
+        process_group: ranks among which the head is shared out along V (tensor parallelism). `weight` and `bias` are then this
+            rank's rows, even or uneven shards, or DTensors with ``Shard(0)`` over the group; all else is the same on all ranks,
+            and so are the results. Ranks exchange a few numbers per row (see docs/scaling.md), and the gradient of `hidden`,
+            which is complete on every rank. It must be called on all ranks of the group, like its backward.
+        vocab_start: the id of this rank's first row; of a DTensor it is known.
+        vocab_size: V, which all ranks hold together. Rows of ids from there on are padding and count for nothing.
         workspace_bytes: memory that may save work. Only hidden trained: bound of the chunk of exponentials that exists during
             the forward (default 40 MiB on CPU, 512 MiB on CUDA). Head trained: logits that are kept until the backward, whose
             rows then cost 6 NHV instead of 8 (default 0; "torch" only). 0 keeps nothing and recomputes.
@@ -84,6 +95,7 @@ def linear_logprobs(
 
     Source: online softmax, Milakov & Gimelshein (arXiv 1805.02867); recomputed tiles, Wijmans et al. (arXiv 2411.09009).
     """
+    weight, bias, shard = take_shard(weight, bias, process_group, vocab_start, vocab_size)
     check_linear_arguments(hidden, weight, ids, bias, gather_ids, temperature, logit_scale, softcap)
     if isinstance(outputs, str) or (not outputs and gather_ids is None):
         raise ValueError(f"`outputs` must be a sequence naming at least one of {', '.join(OUTPUTS)}; got {outputs!r}")
@@ -102,13 +114,14 @@ def linear_logprobs(
 
     if name == "reference":
         with torch.autocast(hidden.device.type, enabled=False):
+            head, bias, low_weight = whole_head(shard, weight, bias, low_weight)
             if hidden.device.type == "cpu" or check_values:
-                _checks.check_values(ids, gather_ids, row_temperature, weight.shape[0], ignore_index)
+                _checks.check_values(ids, gather_ids, row_temperature, head.shape[0], ignore_index)
             # NaN in an ignored row would reach the head's gradient.
             hidden = torch.where((ids != ignore_index)[:, None], hidden, 0.0)
             values = linear_logprobs_ref(
                 hidden.to(compute_dtype),
-                weight.to(compute_dtype),
+                head.to(compute_dtype),
                 bias,
                 ids,
                 gather_ids,
@@ -125,7 +138,8 @@ def linear_logprobs(
         needs = Needs(*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs))
         asked = (*outputs, *(("gathered",) if gather_ids is not None else ()))
         lora = low_hidden is not None
-        design = _design(needs, asked, weight.shape[0], compute_dtype, hidden.device, lora, workspace_bytes, name)
+        vocab = nominal_vocab(shard, weight.shape[0])
+        design = _design(needs, asked, vocab, compute_dtype, hidden.device, lora, workspace_bytes, name)
         flat = torch.ops.dppo_kernels.linear_logprobs(
             *inputs,
             ids,
@@ -136,6 +150,7 @@ def linear_logprobs(
             softcap,
             ignore_index,
             compute_dtype,
+            *encode(shard),
             ",".join(outputs),
             design.name,
             design.rows,
@@ -230,18 +245,22 @@ def _forward_op(
     softcap: float | None,
     ignore_index: int,
     compute_dtype: torch.dtype,
+    group: str,
+    span: Sequence[int],
     outputs: str,
     design: str,
     design_rows: int,
     check_values: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if hidden.device.type == "cpu" or check_values:
-        _checks.check_values(ids, gather_ids, row_temperature, weight.shape[0], ignore_index)
-    asked = frozenset(outputs.split(","))
     row_or_scalar = temperature if row_temperature is None else row_temperature
-    low_rank = pair(low_hidden, low_weight)
-    projection = Projection(hidden, weight, bias, row_or_scalar, logit_scale, softcap, compute_dtype, low_rank)
+    low_rank, shard = pair(low_hidden, low_weight), VocabShard.decode(group, span)
+    projection = Projection(hidden, weight, bias, row_or_scalar, logit_scale, softcap, compute_dtype, low_rank, shard)
+    if hidden.device.type == "cpu" or check_values:
+        check_ranks(shard, ids.shape[0])
+        _checks.check_values(ids, gather_ids, row_temperature, projection.vocab, ignore_index)
+    ids, gather_ids, ignore_index = local_ids(shard, ids, gather_ids, ignore_index)
+    asked = frozenset(outputs.split(","))
     with torch.autocast(hidden.device.type, enabled=False):
         if design == "unit":
             values = unit_implementation(backend)[0](
@@ -269,7 +288,7 @@ def _(
     gather_ids: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    compute_dtype, outputs, design, design_rows, *_ = rest[-6:]
+    compute_dtype, _, _, outputs, design, design_rows, *_ = rest[-8:]
     asked, dtype, n = frozenset(outputs.split(",")), stat_dtype(compute_dtype), ids.shape[0]
     values = {
         name: hidden.new_empty(n, dtype=torch.bool if name == "is_top1" else dtype) for name in (*OUTPUTS, "row_max", "log_sum")
@@ -351,12 +370,15 @@ def _backward_op(
     softcap: float | None,
     ignore_index: int,
     compute_dtype: torch.dtype,
+    group: str,
+    span: Sequence[int],
     backend: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     row_or_scalar = temperature if row_temperature is None else row_temperature
-    low_rank = pair(low_hidden, low_weight)
-    projection = Projection(hidden, weight, bias, row_or_scalar, logit_scale, softcap, compute_dtype, low_rank)
+    low_rank, shard = pair(low_hidden, low_weight), VocabShard.decode(group, span)
+    projection = Projection(hidden, weight, bias, row_or_scalar, logit_scale, softcap, compute_dtype, low_rank, shard)
+    ids, gather_ids, ignore_index = local_ids(shard, ids, gather_ids, ignore_index)
     saved = {"row_max": row_max, "log_sum": log_sum}
     if dentropy is not None:
         saved["entropy"] = entropy
@@ -417,11 +439,13 @@ def _unit_backward_op(
     softcap: float | None,
     ignore_index: int,
     compute_dtype: torch.dtype,
+    group: str,
+    span: Sequence[int],
     backend: str,
 ) -> Tensor:
-    projection = Projection(
-        hidden, weight, None, temperature if row_temperature is None else row_temperature, logit_scale, softcap, compute_dtype
-    )
+    row_or_scalar, shard = temperature if row_temperature is None else row_temperature, VocabShard.decode(group, span)
+    projection = Projection(hidden, weight, None, row_or_scalar, logit_scale, softcap, compute_dtype, shard=shard)
+    ids, gather_ids, ignore_index = local_ids(shard, ids, gather_ids, ignore_index)
     with torch.autocast(hidden.device.type, enabled=False):
         return unit_implementation(backend)[1](
             projection,
@@ -458,7 +482,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     dlogprobs, dlse, dentropy, dgathered = (by_name[k] if k in (*ctx.outputs, "gathered") else None for k in _DIFFERENTIABLE)
     if gather_ids is None:
         dgathered = None
-    constants = (None,) * 13
+    constants = (None,) * 15
     rows = (ids, gather_ids, row_temperature, row_max, log_sum)
     if ctx.design == "unit" and dentropy is None:
         dhidden = torch.ops.dppo_kernels.linear_logprobs_unit_backward(

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from dppo_kernels._numerics import stat_dtype
+from dppo_kernels._shard import VocabShard, summed
+from dppo_kernels._tiling import WEIGHT_TILE_ELEMENTS, chunks
 
 
 class Needs(NamedTuple):
@@ -28,6 +30,11 @@ class Gradients(NamedTuple):
     low_hidden: Tensor | None = None
     low_weight: Tensor | None = None
 
+    def sum_over_ranks(self, shard: VocabShard | None) -> "Gradients":
+        """With complete gradients of hidden states, to which the columns of each rank added their part."""
+        hidden, low_hidden = (summed(shard, x)[0] for x in (self.hidden, self.low_hidden))
+        return self._replace(hidden=hidden, low_hidden=low_hidden)
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -41,6 +48,7 @@ class Projection:
     softcap: float | None
     compute_dtype: torch.dtype  # inputs are rounded to it first (autocast); products accumulate in `dtype`
     low_rank: tuple[Tensor, Tensor] | None = None  # [N, r] and [V, r]: their product is added to hidden @ weight.T
+    shard: VocabShard | None = None  # where the head is one of several ranks' shards: V is the shard's, ids are its columns
 
     @property
     def dtype(self) -> torch.dtype:
@@ -49,6 +57,15 @@ class Projection:
     def inputs(self) -> tuple[Tensor | None, ...]:
         """What may be trained, in the order of `Gradients`."""
         return (self.hidden, self.weight, self.bias, *(self.low_rank or (None, None)))
+
+    @property
+    def vocab(self) -> int:
+        """Ids there are, on all ranks."""
+        return self.weight.shape[0] if self.shard is None else self.shard.vocab
+
+    def holds(self, ids: Tensor) -> Tensor:
+        """Which ids are columns here."""
+        return (ids >= 0) & (ids < self.weight.shape[0])
 
     @property
     def narrow(self) -> bool:
@@ -98,14 +115,29 @@ class Projection:
             z += self.bias[cols].to(self.dtype)
         return self._transform(z, rows, with_slope)
 
-    def logits_at(self, h: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``z`` [N, K] of the ids [N, K] of all rows by dot products, and ``1 - tanh^2`` where there is a soft-cap."""
-        z = (self.rounded(self.weight[ids]) * h[:, None]).sum(2)
+    def target_logits(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``z`` [N] of the ids [N] by dot products, and ``1 - tanh^2`` where there is a soft-cap (of ids that are here)."""
+        if self.shard is None:
+            return self._logits_at(ids)
+        target = self.hidden.new_empty(ids.shape, dtype=self.dtype)
+        slope = None if self.softcap is None else torch.empty_like(target)
+        for part in chunks(ids.shape[0], max(1, WEIGHT_TILE_ELEMENTS // max(self.hidden.shape[1], 1))):
+            rows, here = self.cut(part), self.holds(ids[part])
+            z, of_part = rows._logits_at(torch.where(here, ids[part], 0))
+            target[part] = torch.where(here, z, 0.0)
+            if slope is not None and of_part is not None:
+                slope[part] = of_part
+        return summed(self.shard, target)[0], slope
+
+    def _logits_at(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        h = self.hidden_rows(slice(0, ids.shape[0]))
+        z = (self.rounded(self.weight[ids]) * h).sum(1, keepdim=True)
         if self.low_rank is not None:
-            z += (self.rounded(self.low_rank[1][ids]) * self.rounded(self.low_rank[0])[:, None]).sum(2)
+            z += (self.rounded(self.low_rank[1][ids]) * self.rounded(self.low_rank[0])).sum(1, keepdim=True)
         if self.bias is not None:
-            z += self.bias[ids].to(self.dtype)
-        return self._transform(z, slice(0, z.shape[0]), True)
+            z += self.bias[ids, None].to(self.dtype)
+        z, slope = self._transform(z, slice(0, z.shape[0]), True)
+        return z.squeeze(1), None if slope is None else slope.squeeze(1)
 
     def _transform(self, z: Tensor, rows: slice, with_slope: bool) -> tuple[Tensor, Tensor | None]:
         slope = None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dppo_kernels._row_stats import RowStats, Upstream, logits_gradient
+from dppo_kernels._shard import summed
 from dppo_kernels._tiling import chunks, matrix, pick_linear_tile
 from dppo_kernels.linear_logprobs.projection import Gradients, Needs, Projection
 
@@ -45,6 +46,8 @@ def linear_logprobs_fwd(
             if part.stop <= n_kept:
                 kept[part, cols] = z
             stats.update(part, cols.start, z)
+    if active.shard is not None and rows.shape[0]:
+        stats.merge_ranks(active.shard)
     finished = stats.finish()
     out = {name: value.new_zeros(n, *value.shape[1:]).index_copy_(0, rows, value) for name, value in finished.items()}
     return {**out, "kept": kept} if keep_rows else out
@@ -150,4 +153,5 @@ def linear_logprobs_bwd(
         out[rows] = values.to(x.dtype)
         return out
 
+    dhidden_rows, dlow_rows = summed(active.shard, dhidden_rows, dlow_rows)
     return Gradients(spread(hidden, dhidden_rows), dweight, dbias, spread(low_hidden, dlow_rows), dlow_weight)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from dppo_kernels._row_stats import Upstream
+from dppo_kernels._shard import pipelined, summed
 from dppo_kernels._tiling import WEIGHT_TILE_ELEMENTS, balanced, chunks
-from dppo_kernels.linear_logprobs.exponentials import exponentials
+from dppo_kernels.linear_logprobs.exponentials import Folding, put_column
 from dppo_kernels.linear_logprobs.gradient_gemms import weight_tiles
 from dppo_kernels.linear_logprobs.projection import Projection
 
@@ -33,22 +34,35 @@ def unit_gradient_fwd(
     """Outputs, `row_max`, `log_sum`, `unit` [N, H] and `picked` [N, 1 + K] log-probs; rows that `ids` ignores are 0."""
     n, (vocab, width) = ids.shape[0], projection.weight.shape
     rows = (ids != ignore_index).nonzero().squeeze(1)
-    size = balanced(rows.shape[0], chunk_rows)
-    slot = projection.hidden.new_empty((min(size, rows.shape[0]), vocab), dtype=projection.dtype)
+    # While a chunk's sums come in from other ranks, the next chunk is projected.
+    n_slots = 1 if projection.shard is None else 2
+    size = balanced(rows.shape[0], max(1, chunk_rows // n_slots))
+    slots = [projection.hidden.new_empty((min(size, rows.shape[0]), vocab), dtype=projection.dtype) for _ in range(n_slots)]
     zeros = projection.hidden.new_zeros(n, dtype=projection.dtype)
     out = {name: zeros.clone() for name in ("logprobs", "lse", "row_max", "log_sum")}
     if with_entropy:
         out["entropy"] = zeros.clone()
     out["unit"] = zeros.new_zeros(n, width)
     out["picked"] = zeros.new_zeros(n, 1 + (0 if gather_ids is None else gather_ids.shape[1]))
-    for part in chunks(rows.shape[0], size):
+    every = projection.select(rows)
+    target = every.target_logits(ids[rows])
+
+    def start(number: int, part: slice) -> Folding:
         chosen = rows[part]
-        x, target = projection.select(chosen), ids[chosen]
         gathered_ids = None if gather_ids is None else gather_ids[chosen]
-        e, gathered = exponentials(x, target, gathered_ids, slot[: chosen.shape[0]], with_entropy=with_entropy, fold_slope=True)
+        slot = slots[number % n_slots][: chosen.shape[0]]
+        of_part = (target[0][part], None if target[1] is None else target[1][part])
+        return Folding(
+            every.cut(part), ids[chosen], gathered_ids, slot, with_entropy=with_entropy, fold_slope=True, target=of_part
+        )
+
+    def finish(part: slice, folding: Folding) -> None:
+        chosen, x, gathered_ids = rows[part], folding.x, folding.gather_ids
+        e, gathered = folding.settle()
         scores, log_total = e.scores(gathered, gathered_ids), e.log_total()
-        if gathered_ids is not None:  # padding points to the target's column, which is 0 already
-            e.values.scatter_(1, torch.where(gathered_ids < 0, target[:, None], gathered_ids), 0.0)
+        if gathered_ids is not None:
+            for k in range(gathered_ids.shape[1]):
+                put_column(e.values, gathered_ids[:, k], 0.0)
         unit = torch.zeros_like(out["unit"][: chosen.shape[0]])
         for cols, w in weight_tiles(x):
             unit.addmm_(e.values[:, cols], w)
@@ -61,6 +75,8 @@ def unit_gradient_fwd(
             out["entropy"][chosen] = scores.entropy
         if scores.gathered is not None:
             out["picked"][chosen, 1:] = scores.gathered
+
+    pipelined(chunks(rows.shape[0], size), start, finish, n_slots)
     if gather_ids is not None:
         out["gathered"] = out["picked"][:, 1:].clone()
     return out
@@ -93,16 +109,18 @@ def unit_gradient_bwd(
         z = logprobs + (saved["row_max"] + saved["log_sum"])[rows, None]
         factor *= 1 - active.bent(z, slice(None)).square()
     slopes = active.row_slopes(rows.shape[0])[:, None]
-    factor = factor.masked_fill_(repeated | (picked_ids < 0), 0.0).mul_(slopes)
+    here = projection.holds(picked_ids)
+    factor = factor.masked_fill_(repeated | ~here, 0.0).mul_(slopes)
     on_unit = on_probs[:, None] * slopes
-    picked_ids = picked_ids.clamp(min=0)
-    dhidden = torch.zeros_like(hidden)
+    picked_ids = torch.where(here, picked_ids, 0)
+    sharded = projection.shard is not None
+    dhidden = torch.zeros_like(hidden, dtype=dtype if sharded else None)  # rounded once, after the sum over ranks
     for part in chunks(rows.shape[0], max(1, WEIGHT_TILE_ELEMENTS // max(hidden.shape[1], 1))):
         gradient = saved["unit"][rows[part]].mul_(on_unit[part])
         for k in range(picked_ids.shape[1]):
             gradient.addcmul_(active.rounded(weight[picked_ids[part, k]]), factor[part, k, None])
-        dhidden[rows[part]] = gradient.to(hidden.dtype)
-    return dhidden
+        dhidden[rows[part]] = gradient.to(dhidden.dtype)
+    return summed(projection.shard, dhidden)[0].to(hidden.dtype)
 
 
 def picked_gradients(ids: Tensor, gather_ids: Tensor | None, upstream: Upstream) -> tuple[Tensor, Tensor]:

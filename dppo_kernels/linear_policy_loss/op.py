@@ -3,15 +3,19 @@
 import functools
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from dppo_kernels import _backend, _checks
 from dppo_kernels._handover import register_hand_over
 from dppo_kernels._lora import LoraWeight, split_head
 from dppo_kernels._numerics import compute_dtype_of, split_temperature, stat_dtype
+from dppo_kernels._packing import check_offsets
+from dppo_kernels._shard import VocabShard, arguments, check_ranks, encode, local_ids, take_shard
 from dppo_kernels._tiling import DEFAULT_WORKSPACE_BYTES, kind_of
 from dppo_kernels.aggregate import reduction_weights
 from dppo_kernels.linear_logprobs.group_design import Design, design_on
@@ -42,6 +46,7 @@ def linear_policy_loss(
     denominator: float | Tensor | None = None,
     entropy_denominator: float | Tensor | None = None,
     max_length: int | None = None,
+    cu_seqlens: Tensor | None = None,  # [B + 1]
     bias: Tensor | None = None,  # [V]
     temperature: float | Tensor = 1.0,
     logit_scale: float = 1.0,
@@ -49,6 +54,9 @@ def linear_policy_loss(
     with_entropy: bool = False,
     score_inactive: bool = False,
     return_aux: bool = False,
+    process_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
     workspace_bytes: int | None = None,
     backend: str | None = None,
     check_values: bool = False,
@@ -67,7 +75,7 @@ def linear_policy_loss(
             `LoraWeight`, whose sum with its update is never made.
         ids: [B, T] or [N] int32/int64 sampled token ids; whatever stands behind the mask changes nothing.
         anchor_logprobs: shape of `ids`; what the ratio is against. None: the policy itself (on-policy, ratio 1).
-        advantages: [B] (one per sequence), [B, T] or [N].
+        advantages: [B] (one per sequence), [B, T] or [N]; [B] with [N] needs `cu_seqlens`.
         loss_mask: bool, shape of `ids`, True = counts.
         spec: the loss, e.g. ``PRESETS["dppo_topk_tv"]``.
         rollout_topk_ids: [..., K+1] the rollout's top-K ids, the sampled one injected (see `topk_logprobs`); with the next two
@@ -79,6 +87,8 @@ def linear_policy_loss(
         denominator: replaces the reduction's own count, see `aggregate`.
         entropy_denominator: replaces the call's count of active tokens in the mean entropy.
         max_length: for the "fixed_length" reduction.
+        cu_seqlens: int32/int64 [B + 1] offsets of sequences packed into [N], as flash attention takes them, from 0 to N: ratios
+            and reductions of sequences then work on [N].
         bias: [V] lm_head bias.
         temperature: positive number, or a tensor of the shape of `ids` (not differentiable).
         logit_scale: as in `linear_logprobs`.
@@ -87,6 +97,9 @@ def linear_policy_loss(
         score_inactive: score every token that counts, so that statistics cover tokens without an advantage too (2 NHV more for
             those); loss and gradients are the same.
         return_aux: also return per-token log-probs and entropies.
+        process_group: ranks among which the head is shared out along V, as in `linear_logprobs`; like the next two.
+        vocab_start: the id of this rank's first row.
+        vocab_size: V of all ranks together.
         workspace_bytes: bound of the exponentials that exist at one time, beside a few numbers per row and vocabulary tile
             (default 40 MiB on CPU, 512 MiB on CUDA); too little for a chunk of rows, or 0, works in tiles and recomputes the
             logits: 8 NHV. See `explain_linear_policy_loss`.
@@ -104,9 +117,10 @@ def linear_policy_loss(
     Source: gradient in the forward, Liger's fused linear losses (arXiv 2410.10989); losses, see `policy_loss`.
     """
     lead = ids.shape
+    weight, bias, shard = take_shard(weight, bias, process_group, vocab_start, vocab_size)
     check_linear_arguments(hidden, weight, ids, bias, rollout_topk_ids, temperature, logit_scale, softcap)
     per_token_inputs = {"anchor_logprobs": anchor_logprobs, "ref_logprobs": ref_logprobs}
-    check_policy_arguments(("ids", lead), advantages, loss_mask, spec, per_token_inputs, token_weights)
+    check_policy_arguments(("ids", ids), advantages, loss_mask, spec, per_token_inputs, token_weights, cu_seqlens)
     _check_topk(spec, rollout_topk_ids, rollout_topk_logprobs, topk_valid)
     topk = {"rollout_topk_logprobs": rollout_topk_logprobs, "topk_valid": topk_valid}
     others = {"loss_mask": loss_mask, "advantages": advantages, "token_weights": token_weights, **per_token_inputs, **topk}
@@ -131,7 +145,13 @@ def linear_policy_loss(
             advantages,
             loss_mask,
             spec=spec,
-            head={"bias": bias, "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap},
+            head={
+                "bias": bias,
+                "temperature": temperature,
+                "logit_scale": logit_scale,
+                "softcap": softcap,
+                **arguments(shard),
+            },
             topk=(rollout_topk_ids, rollout_topk_logprobs, topk_valid),
             with_entropy=reports_entropy,
             check_values=check_values,
@@ -140,19 +160,22 @@ def linear_policy_loss(
             denominator=denominator,
             entropy_denominator=entropy_denominator,
             max_length=max_length,
+            cu_seqlens=cu_seqlens,
         )
         return (loss, stats, aux) if return_aux else (loss, stats)
 
     dtype = stat_dtype(compute_dtype)
 
     def flat(values: Tensor | None) -> Tensor | None:
-        return None if values is None else per_token(values.detach(), lead).reshape(-1).to(dtype)
+        return None if values is None else per_token(values.detach(), lead, cu_seqlens).reshape(-1).to(dtype)
 
     def columns(values: Tensor | None) -> Tensor | None:
         return None if values is None else values.detach().reshape(-1, values.shape[-1])
 
     mask = loss_mask.reshape(-1)
-    weights = reduction_weights(loss_mask, spec.reduction, denominator=denominator, max_length=max_length, dtype=dtype)
+    weights = reduction_weights(
+        loss_mask, spec.reduction, denominator=denominator, max_length=max_length, dtype=dtype, cu_seqlens=cu_seqlens
+    )
     entropy_weight = None
     if spec.entropy_coef:
         mean = reduction_weights(
@@ -183,6 +206,7 @@ def linear_policy_loss(
         columns(topk_valid),
         entropy_weight,
         row_temperature,
+        cu_seqlens,
         scalar_temperature,
         logit_scale,
         softcap,
@@ -193,6 +217,7 @@ def linear_policy_loss(
         reports_entropy,
         score_inactive,
         needs,
+        *encode(shard),
         check_values,
         name,
     )
@@ -246,6 +271,7 @@ def _design(
     needs_gradient: bool,
     workspace_bytes: int | None,
     backend: str,
+    shard: VocabShard | None = None,
 ) -> Design:
     return design_on(
         device,
@@ -257,6 +283,7 @@ def _design(
         needs_gradient=needs_gradient,
         by_sequence=spec.ratio_level == "sequence",
         workspace_bytes=workspace_bytes,
+        shard=shard,
     )
 
 
@@ -309,6 +336,7 @@ def _op(
     topk_valid: Tensor | None,
     entropy_weight: Tensor | None,
     row_temperature: Tensor | None,
+    cu_seqlens: Tensor | None,
     temperature: float,
     logit_scale: float,
     softcap: float | None,
@@ -320,18 +348,31 @@ def _op(
     with_entropy: bool,
     score_inactive: bool,
     needs: Sequence[bool],
+    group_name: str,
+    span: Sequence[int],
     check_values: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    row_or_scalar = temperature if row_temperature is None else row_temperature
+    low_rank, shard = pair(low_hidden, low_weight), VocabShard.decode(group_name, span)
+    projection = Projection(hidden, weight, bias, row_or_scalar, logit_scale, softcap, compute_dtype, low_rank, shard)
     if hidden.device.type == "cpu" or check_values:
         known = torch.where(mask, ids, IGNORED)
         known_topk = None if topk_ids is None else torch.where(mask[:, None], topk_ids, IGNORED)
         known_temperature = None if row_temperature is None else torch.where(mask, row_temperature, 1.0)
-        _checks.check_values(known, known_topk, known_temperature, weight.shape[0], IGNORED, gather_name="rollout_topk_ids")
+        check_ranks(shard, mask.shape[0])
+        if cu_seqlens is not None:
+            check_offsets(cu_seqlens, mask.shape[0])
+        _checks.check_values(known, known_topk, known_temperature, projection.vocab, IGNORED, gather_name="rollout_topk_ids")
     spec = _decode(spec_names, spec_numbers)
-    n, vocab = mask.shape[0], weight.shape[0]
-    design = _design(spec, n, sequence_length, vocab, compute_dtype, hidden.device, any(needs), workspace_bytes, backend)
-    row_or_scalar = temperature if row_temperature is None else row_temperature
+    # Behind the mask may stand anything: it must not become a column of another rank's.
+    ids, topk_ids, _ = local_ids(shard, torch.where(mask, ids, IGNORED), topk_ids, IGNORED)
+    bounds: Sequence[int] | None = None
+    if spec.ratio_level == "sequence":
+        bounds = range(0, mask.shape[0] + 1, sequence_length) if cu_seqlens is None else cu_seqlens.tolist()
+        sequence_length = max((b - a for a, b in pairwise(bounds)), default=1)
+    sizes = (mask.shape[0], sequence_length, weight.shape[0])
+    design = _design(spec, *sizes, compute_dtype, hidden.device, any(needs), workspace_bytes, backend, shard)
     rows = PolicyRows(
         ids,
         mask,
@@ -344,10 +385,7 @@ def _op(
         rollout_topk_logprobs,
         topk_valid,
     )
-    task = Task(rows, spec, sequence_length, entropy_weight, with_entropy, score_inactive)
-    projection = Projection(
-        hidden, weight, bias, row_or_scalar, logit_scale, softcap, compute_dtype, pair(low_hidden, low_weight)
-    )
+    task = Task(rows, spec, bounds, entropy_weight, with_entropy, score_inactive)
     totals = Totals.empty(task, projection.dtype)
     group = GroupTask(
         projection,
@@ -357,7 +395,7 @@ def _op(
         design,
         Needs(*needs),
         gather_ids=topk_ids,
-        sequence_length=task.unit,
+        bounds=bounds,
         entropy_weight=entropy_weight,
         outputs=frozenset(("entropy",) if with_entropy else ()),
     )
@@ -395,7 +433,7 @@ def _(
     mask: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    compute_dtype, names, numbers, _, _, with_entropy, _, needs, *_ = rest[-10:]
+    compute_dtype, names, numbers, _, _, with_entropy, _, needs, *_ = rest[-12:]
     ref_logprobs = rest[3]
     dtype, spec = stat_dtype(compute_dtype), _decode(names, numbers)
     rows = hidden.new_empty(mask.shape, dtype=dtype)

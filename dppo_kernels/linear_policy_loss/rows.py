@@ -1,11 +1,11 @@
 """Per-row inputs of a fused policy loss, which rows it has to score, and the row stage in torch: statistics to coefficients."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dppo_kernels._packing import sequence_sums, spread
 from dppo_kernels.linear_logprobs.exponentials import Scores
 from dppo_kernels.policy import Stat, partial_sums
 from dppo_kernels.policy_spec import PolicyLossSpec
@@ -29,15 +29,15 @@ class PolicyRows(NamedTuple):
     def take(self, rows: Tensor | slice) -> "PolicyRows":
         return PolicyRows(*(None if x is None else x[rows] for x in self))  # type: ignore[arg-type]
 
-    def to_score(self, spec: PolicyLossSpec, sequence_length: int, *, score_inactive: bool) -> Tensor:
+    def to_score(self, spec: PolicyLossSpec, offsets: Tensor | None, *, score_inactive: bool) -> Tensor:
         """Rows that the loss or its gradient depends on (all that count, if `score_inactive`): bool [N]."""
         if score_inactive or spec.scores_every_token:
             return self.mask
         active = self.mask & (self.advantages != 0)
         if self.token_weights is not None:
             active &= self.token_weights != 0
-        if spec.ratio_level == "sequence":  # one active token needs the ratio of its whole sequence
-            return self.mask & active.view(-1, sequence_length).any(1, keepdim=True).expand(-1, sequence_length).reshape(-1)
+        if offsets is not None:  # one active token needs the ratio of its whole sequence
+            return self.mask & spread(sequence_sums(active.float(), offsets) > 0, offsets, active.shape[0])
         return active
 
 
@@ -55,37 +55,35 @@ def stat_names(spec: PolicyLossSpec, *, ref: bool, entropy: bool) -> tuple[str, 
 
 
 def row_loss(
-    rows: PolicyRows, scores: Scores, spec: PolicyLossSpec, entropy_weight: Tensor | None, sequence_length: int | None = None
+    rows: PolicyRows, scores: Scores, spec: PolicyLossSpec, entropy_weight: Tensor | None, offsets: Tensor | None = None
 ) -> RowLoss:
     """Loss, coefficients and metrics of the rows that ``rows.mask`` says were scored.
 
     Args:
         scores: whatever they hold elsewhere changes nothing.
         entropy_weight: dL/dH of every scored row, if there is an entropy bonus.
-        sequence_length: for a sequence-level ratio; rows are whole sequences then.
+        offsets: for a sequence-level ratio; rows are whole sequences then, which begin there.
     """
     dtype = scores.logprobs.dtype
 
-    def shaped(values: Tensor) -> Tensor:
-        return values if sequence_length is None else values.view(-1, sequence_length, *values.shape[1:])
-
     def clean(values: Tensor) -> Tensor:
-        return shaped(torch.where(rows.mask, values, 0.0).to(dtype))
+        return torch.where(rows.mask, values, 0.0).to(dtype)
 
-    def optional(values: Tensor | None, convert: Callable[[Tensor], Tensor]) -> Tensor | None:
-        return None if values is None else convert(values)
+    def optional(values: Tensor | None) -> Tensor | None:
+        return None if values is None else clean(values)
 
-    mask = shaped(rows.mask)
+    mask = rows.mask
     tokens = Tokens(
         clean(scores.logprobs),
         clean(scores.logprobs if rows.anchor is None else rows.anchor),
         clean(rows.advantages),
         mask,
-        optional(rows.token_weights, clean),
-        optional(rows.ref_logprobs, clean),
-        optional(scores.gathered, shaped),
-        optional(rows.rollout_topk_logprobs, shaped),
-        optional(rows.topk_valid, shaped),
+        optional(rows.token_weights),
+        optional(rows.ref_logprobs),
+        scores.gathered,
+        rows.rollout_topk_logprobs,
+        rows.topk_valid,
+        offsets,
     )
     loss_weights = clean(rows.loss_weights)
     losses, metrics = token_losses(tokens, spec)
@@ -96,4 +94,4 @@ def row_loss(
         stats["entropy"] = partial_sums(scores.entropy, rows.mask)
         if entropy_weight is not None:
             loss = loss + entropy_weight * torch.where(rows.mask, scores.entropy, 0.0).sum(dtype=torch.float64)
-    return RowLoss(loss, dlogprobs.reshape(-1), stats)
+    return RowLoss(loss, dlogprobs, stats)

@@ -1,6 +1,8 @@
 """One call of the fused policy loss: which rows it scores, and what scored rows contribute."""
 
 import functools
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +20,7 @@ class Task:
 
     rows: PolicyRows
     spec: PolicyLossSpec
-    sequence_length: int  # rows per sequence
+    bounds: Sequence[int] | None  # first rows of sequences and the end, where a ratio is of a sequence
     entropy_weight: Tensor | None  # dL/dH of every scored row, if there is an entropy bonus
     with_entropy: bool
     score_inactive: bool
@@ -26,12 +28,16 @@ class Task:
     @functools.cached_property
     def scored(self) -> Tensor:
         """Rows that enter a GEMM: bool [N]."""
-        return self.rows.to_score(self.spec, self.sequence_length, score_inactive=self.score_inactive)
+        offsets = self.offsets(slice(0, self.rows.mask.shape[0]))
+        return self.rows.to_score(self.spec, offsets, score_inactive=self.score_inactive)
 
-    @property
-    def unit(self) -> int | None:
-        """Rows whose coefficients become known together; None: each by itself."""
-        return self.sequence_length if self.spec.ratio_level == "sequence" else None
+    def offsets(self, span: slice) -> Tensor | None:
+        """Of the sequences among consecutive rows, relative to the first; None where rows are by themselves."""
+        if self.bounds is None:
+            return None
+        first, last = bisect_left(self.bounds, span.start), bisect_right(self.bounds, span.stop)
+        inside = [bound - span.start for bound in self.bounds[first:last]]
+        return torch.tensor(inside, device=self.rows.mask.device)
 
     @property
     def stat_names(self) -> tuple[str, ...]:
@@ -61,11 +67,11 @@ class Totals:
 def coefficients(task: Task, totals: Totals, span: slice, places: Tensor | None, scores: Scores) -> Tensor:
     """`Coefficients` of a policy loss, once its task and totals are bound: adds the group to the totals."""
     rows, scored = task.rows.take(span), task.scored[span]
-    if places is not None and task.unit is None:
+    if places is not None and task.bounds is None:
         rows = rows.take(places)
         scored = torch.ones_like(rows.mask)
     elif places is not None:
         scores = scores.spread(places, scored.shape[0])
-    loss = row_loss(rows._replace(mask=scored), scores, task.spec, task.entropy_weight, task.unit)
+    loss = row_loss(rows._replace(mask=scored), scores, task.spec, task.entropy_weight, task.offsets(span))
     totals.add(loss)
-    return loss.dlogprobs if places is None or task.unit is None else loss.dlogprobs[places]
+    return loss.dlogprobs if places is None or task.bounds is None else loss.dlogprobs[places]

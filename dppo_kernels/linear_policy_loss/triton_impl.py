@@ -8,11 +8,12 @@ import torch
 import triton
 from torch import Tensor
 
+from dppo_kernels._shard import pipelined
 from dppo_kernels._tiling import GradPlan, chunks
 from dppo_kernels._triton import launch_on
 from dppo_kernels.linear_logprobs.groups import GroupResult, GroupTask
 from dppo_kernels.linear_logprobs.groups_triton import Group, GroupLauncher, Operands
-from dppo_kernels.linear_logprobs.kernels_exp import ROW_BLOCK, Sums
+from dppo_kernels.linear_logprobs.kernels_exp import ROW_BLOCK, Projecting, Sums
 from dppo_kernels.linear_policy_loss.kernels_rows import policy_row_kernel
 from dppo_kernels.linear_policy_loss.rows import PolicyRows
 from dppo_kernels.linear_policy_loss.task import Task, Totals
@@ -27,6 +28,7 @@ def linear_policy_loss_fwd(
     if group.ids.shape[0]:
         with launch_on(group.projection.hidden.device):
             _Launcher(task, group, totals, result, plan, descriptors).run()
+        result.gradients = result.gradients.sum_over_ranks(group.projection.shard)
     return result
 
 
@@ -50,10 +52,16 @@ class _Launcher(GroupLauncher):
         programs = triton.cdiv(self.chunk_rows, ROW_BLOCK)
         losses = self.new(programs * len(parts), torch.float64)
         stats = self.new((programs * len(parts), len(names), 2), torch.float64)
-        for i, part in enumerate(parts):
-            sums = self.project(group, part, self.slots[0])
-            operands = self.row_stage(group, part, sums, i * programs, losses, stats)
-            self.gradients(group, part, self.slots[0], sums, operands)
+
+        def start(number: int, part: slice) -> Projecting:
+            return self.project(group, part, self.slots[number % len(self.slots)])
+
+        def finish(part: slice, projecting: Projecting) -> None:
+            sums = projecting.settle()
+            operands = self.row_stage(group, part, sums, part.start // self.chunk_rows * programs, losses, stats)
+            self.gradients(group, part, projecting.slot, sums, operands)
+
+        pipelined(parts, start, finish, len(self.slots))
         count = self.task.scored.sum()
         sums_of, maxima = stats[..., 0].sum(0), stats[..., 1].amax(0)
         self.totals.loss += losses.sum()

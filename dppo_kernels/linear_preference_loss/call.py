@@ -5,10 +5,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from dppo_kernels import _backend, _checks
 from dppo_kernels._lora import LoraWeight, split_head, vocabulary
 from dppo_kernels._numerics import compute_dtype_of, split_temperature, stat_dtype
+from dppo_kernels._shard import VocabShard, take_shard
 from dppo_kernels.linear_logprobs.op import check_head, check_linear_arguments
 from dppo_kernels.linear_preference_loss.rows import Layout
 from dppo_kernels.linear_preference_loss.task import Task
@@ -17,12 +19,15 @@ from dppo_kernels.preference_spec import PreferenceSpec
 
 
 class Head(NamedTuple):
-    """What turns projections into logits."""
+    """What turns projections into logits, and which ranks hold it."""
 
     bias: Tensor | None
     temperature: float | Tensor
     logit_scale: float
     softcap: float | None
+    process_group: ProcessGroup | None
+    vocab_start: int | None
+    vocab_size: int | None
 
 
 class Model(NamedTuple):
@@ -54,6 +59,7 @@ class Call:
     temperature: float
     logit_scale: float
     softcap: float | None
+    shard: VocabShard | None  # of both models' heads
     backend: str
 
     @classmethod
@@ -68,7 +74,8 @@ class Call:
         n_pairs: int | None,
         backend: str | None,
     ) -> "Call":
-        bias, temperature, logit_scale, softcap = head
+        bias, temperature, logit_scale, softcap, group, start, size = head
+        weight, bias, shard = take_shard(weight, bias, group, start, size)
         check_linear_arguments(hidden, weight, ids, bias, None, temperature, logit_scale, softcap)
         _checks.check_mask("loss_mask", loss_mask)
         _checks.check_shape("loss_mask", loss_mask, ids.shape, "that of `ids`")
@@ -80,7 +87,7 @@ class Call:
             temperature = layout.rows(temperature)
         by_row, scalar = split_temperature(temperature, mask.shape[0], stat_dtype(compute_dtype))
         policy = Model.of(layout, mask, hidden, weight, bias)
-        return cls(layout, policy, layout.rows(ids).long(), mask, by_row, scalar, logit_scale, softcap, name)
+        return cls(layout, policy, layout.rows(ids).long(), mask, by_row, scalar, logit_scale, softcap, shard, name)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -93,6 +100,7 @@ class Call:
         ref_hidden: Tensor | None,
         ref_weight: Tensor | LoraWeight | None,
         ref_bias: Tensor | None,
+        place: tuple[ProcessGroup | None, int | None, int | None],
     ) -> Model | None:
         """The reference model, if its hidden states are given."""
         hidden, layout = self.policy.hidden, self.layout
@@ -106,12 +114,15 @@ class Call:
             _checks.check_shape("ref_logprobs", ref_logprobs, (2 * layout.n_pairs,), "[2P]")
             _checks.check_device("ref_logprobs", ref_logprobs, "hidden", hidden)
             return None
+        ref_weight, ref_bias, shard = take_shard(ref_weight, ref_bias, *place, prefix="ref_")
         lead = (self.ids.shape[0],) if layout.length is None else (2 * layout.n_pairs, layout.length)
         check_head(ref_hidden, ref_weight, ref_bias, 1.0, None, lead=("ids", lead), prefix="ref_")
         _checks.check_device("ref_hidden", ref_hidden, "hidden", hidden)
         sizes = [vocabulary(x) for x in (self.policy.weight, ref_weight)]
         if sizes[0] != sizes[1]:
             raise ValueError(f"`weight` has a vocabulary of {sizes[0]} and `ref_weight` one of {sizes[1]}")
+        if shard != self.shard:
+            raise ValueError("`ref_weight` must be sharded as `weight` is")
         with torch.no_grad():
             model = Model.of(layout, self.mask, ref_hidden.detach(), ref_weight, ref_bias)
         if stat_dtype(model.compute_dtype) != self.dtype:

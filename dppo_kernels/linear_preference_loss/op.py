@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from dppo_kernels import _backend, _checks
 from dppo_kernels._handover import register_hand_over
 from dppo_kernels._lora import LoraWeight
 from dppo_kernels._numerics import stat_dtype
+from dppo_kernels._shard import VocabShard, check_ranks, encode, local_ids, summed
 from dppo_kernels._tiling import TARGET_ROWS, chunks, kind_of
 from dppo_kernels.linear_logprobs.exponentials import Scores
 from dppo_kernels.linear_logprobs.group_design import Design, design_on
@@ -69,6 +71,9 @@ def linear_preference_loss(
     softcap: float | None = None,
     outputs: Sequence[str] = (),
     return_aux: bool = False,
+    process_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
     workspace_bytes: int | None = None,
     backend: str | None = None,
     check_values: bool = False,
@@ -107,6 +112,10 @@ def linear_preference_loss(
         outputs: per token, any of "entropy", "is_top1", "mean_logits"; without a gradient. With a soft-cap "mean_logits" needs
             the logits themselves and the recomputing design.
         return_aux: also return per-sequence and per-token results.
+        process_group: ranks among which the head is shared out along V, as in `linear_logprobs`; like the next two. The
+            reference's head is shared out in the same way.
+        vocab_start: the id of this rank's first row.
+        vocab_size: V of all ranks together.
         workspace_bytes: bound of the exponentials that exist at one time (default 40 MiB on CPU, 512 MiB on CUDA); 0 works in
             tiles and recomputes the logits: 8 NHV. See `explain_linear_preference_loss`.
         backend: as in `linear_logprobs`.
@@ -123,11 +132,12 @@ def linear_preference_loss(
     Source: DPO (2305.18290); gradient in the forward, Liger's fused linear losses (2410.10989).
     """
     spec = PreferenceSpec() if spec is None else spec
-    head = Head(bias, temperature, logit_scale, softcap)
+    place = (process_group, vocab_start, vocab_size)
+    head = Head(bias, temperature, logit_scale, softcap, *place)
     call = Call.of(hidden, weight, ids, loss_mask, head, sequence_ids, n_pairs, backend)
     _check_outputs(outputs)
     _checks.check_workspace_bytes(workspace_bytes)
-    ref = call.reference(ref_logprobs, ref_hidden, ref_weight, ref_bias)
+    ref = call.reference(ref_logprobs, ref_hidden, ref_weight, ref_bias, place)
     like = call.mask.new_empty(0, dtype=torch.float64)
     numbers = (number("denominator", denominator, like), number("token_denominator", token_denominator, like))
     task = call.task(spec, ref_logprobs, *numbers)
@@ -159,6 +169,9 @@ def linear_sequence_logprobs(
     temperature: float | Tensor = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    process_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
     workspace_bytes: int | None = None,
     backend: str | None = None,
     check_values: bool = False,
@@ -176,7 +189,7 @@ def linear_sequence_logprobs(
     Raises:
         TypeError, ValueError: as there.
     """
-    head = Head(bias, temperature, logit_scale, softcap)
+    head = Head(bias, temperature, logit_scale, softcap, process_group, vocab_start, vocab_size)
     call = Call.of(hidden, weight, ids, loss_mask, head, sequence_ids, n_pairs, backend)
     _checks.check_workspace_bytes(workspace_bytes)
     task = call.task(PreferenceSpec() if spec is None else spec, hidden.new_zeros(2 * call.layout.n_pairs, dtype=call.dtype))
@@ -288,6 +301,7 @@ def _fused(
         call.softcap,
         call.policy.compute_dtype,
         call.policy.compute_dtype if ref is None else ref.compute_dtype,
+        *encode(call.shard),
         *_encode(task.spec),
         task.n_pairs,
         call.layout.unit,
@@ -312,6 +326,7 @@ def _design(
     outputs: frozenset[str],
     workspace_bytes: int | None,
     backend: str,
+    shard: VocabShard | None = None,
 ) -> Design:
     """The same whether gradients are wanted or not: so are the bits of what is scored."""
     if spec.use_weighting:
@@ -328,6 +343,7 @@ def _design(
         needs_gradient=True,
         by_sequence=True,
         workspace_bytes=workspace_bytes,
+        shard=shard,
     )
 
 
@@ -378,6 +394,8 @@ def _compute(
     softcap: float | None,
     compute_dtype: torch.dtype,
     ref_compute_dtype: torch.dtype,
+    group_name: str,
+    span: Sequence[int],
     spec_names: str,
     spec_numbers: Sequence[float],
     n_pairs: int,
@@ -388,14 +406,18 @@ def _compute(
     check_values: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if hidden.device.type == "cpu" or check_values:
-        known_temperature = None if row_temperature is None else torch.where(mask, row_temperature, 1.0)
-        _checks.check_values(torch.where(mask, ids, IGNORED), None, known_temperature, weight.shape[0], IGNORED)
-        _checks.check_values(sequences, None, None, 2 * n_pairs, None, ids_name="sequence_ids")
-    spec, wanted = _decode(spec_names, spec_numbers), frozenset(outputs.split(",")) - {""}
+    shard = VocabShard.decode(group_name, span)
+    ids = torch.where(mask, ids, IGNORED)
     row_or_scalar = temperature if row_temperature is None else row_temperature
     transforms = (row_or_scalar, logit_scale, softcap)
-    policy = Projection(hidden, weight, bias, *transforms, compute_dtype, pair(low_hidden, low_weight))
+    policy = Projection(hidden, weight, bias, *transforms, compute_dtype, pair(low_hidden, low_weight), shard)
+    if hidden.device.type == "cpu" or check_values:
+        known_temperature = None if row_temperature is None else torch.where(mask, row_temperature, 1.0)
+        check_ranks(shard, mask.shape[0])
+        _checks.check_values(ids, None, known_temperature, policy.vocab, IGNORED)
+        _checks.check_values(sequences, None, None, 2 * n_pairs, None, ids_name="sequence_ids")
+    ids, _, _ = local_ids(shard, ids, None, IGNORED)
+    spec, wanted = _decode(spec_names, spec_numbers), frozenset(outputs.split(",")) - {""}
     n = mask.shape[0]
     unit = n if spec.couples_pairs else unit
     task = Task(sequences, mask, row_weights, lengths, n_pairs, spec, ref_logprobs, denominator, token_denominator)
@@ -404,18 +426,18 @@ def _compute(
     counts = mask.view(-1, unit).sum(1).tolist() if backend == "triton" and n else None
 
     def design(dtype: torch.dtype) -> Design:
-        arguments = (weight.shape[0], dtype, hidden.device, softcap, wanted, workspace_bytes, backend)
+        arguments = (weight.shape[0], dtype, hidden.device, softcap, wanted, workspace_bytes, backend, shard)
         return _design(spec, n, unit, *arguments)
 
     def group(x: Projection, coefficients: Coefficients, design: Design, needs: Needs, outputs: frozenset[str]) -> GroupTask:
         return GroupTask(
-            x, ids, mask, coefficients, design, needs, outputs=outputs, sequence_length=max(unit, 1), counts=counts
+            x, ids, mask, coefficients, design, needs, outputs=outputs, bounds=range(0, n + 1, max(unit, 1)), counts=counts
         )
 
     with torch.autocast(hidden.device.type, enabled=False):
         if ref_hidden is not None and ref_weight is not None:
             low_rank = pair(ref_low_hidden, ref_low_weight)
-            reference = Projection(ref_hidden, ref_weight, ref_bias, *transforms, ref_compute_dtype, low_rank)
+            reference = Projection(ref_hidden, ref_weight, ref_bias, *transforms, ref_compute_dtype, low_rank, shard)
             scoring = group(reference, _no_gradient, design(ref_compute_dtype), Needs(False, False, False), frozenset())
             logprobs = run_groups(scoring, backend).logprobs
             task = replace(task, ref_logprobs=task.sequence_logprobs(slice(0, n), logprobs))
@@ -439,7 +461,7 @@ def _compute(
 
 def _mean_logits(x: Projection, mask: Tensor) -> Tensor:
     """Means [N] over the vocabulary of logits without a soft-cap, by the head's mean row; 0 behind the mask."""
-    vocab = x.weight.shape[0]
+    vocab = x.vocab
 
     def mean_row(weight: Tensor) -> Tensor:
         return weight.to(x.compute_dtype).sum(0, dtype=x.dtype) / vocab
@@ -451,7 +473,8 @@ def _mean_logits(x: Projection, mask: Tensor) -> Tensor:
         if low_row is not None:
             total[part] += x.low_hidden_rows(part) @ low_row
     if x.bias is not None:
-        total += x.bias.to(x.dtype).mean()
+        total += x.bias.to(x.dtype).sum() / vocab
+    (total,) = summed(x.shard, total)
     return torch.where(mask, total * x.row_slopes(mask.shape[0]), 0.0)
 
 
@@ -475,7 +498,7 @@ def _(
     low_weight: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    mask, compute_dtype, n_pairs, outputs, needs = rest[6], rest[17], rest[21], rest[23], rest[25]
+    mask, compute_dtype, n_pairs, outputs, needs = rest[6], rest[17], rest[23], rest[25], rest[27]
     dtype, wanted = stat_dtype(compute_dtype), outputs.split(",")
     rows = hidden.new_empty(mask.shape, dtype=dtype)
     inputs = (hidden, weight, bias, low_hidden, low_weight)

@@ -2,6 +2,7 @@
 
 import torch
 
+from dppo_kernels._shard import arguments
 from dppo_kernels.linear_logprobs import LinearLogprobs, linear_logprobs
 from dppo_kernels.linear_preference_loss.call import Call, Model
 
@@ -22,4 +23,5 @@ def score_rows_ref(model: Model, call: Call, outputs: frozenset[str]) -> LinearL
         ignore_index=IGNORED,
         outputs=sorted(outputs | {"logprobs"}),
         backend="reference",
+        **arguments(call.shard),
     )

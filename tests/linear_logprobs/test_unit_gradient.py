@@ -373,7 +373,23 @@ def test_the_call_gets_the_design_of_its_regime(needs, context, expected: str, m
 def test_opcheck() -> None:
     hidden, weight, ids, gather_ids = linear_inputs(5, 30, 8, 3)
     for outputs, gathered, cap in (("logprobs,lse", gather_ids, 4.0), ("logprobs,entropy", None, None)):
-        args = (hidden.requires_grad_(), weight, None, None, None, ids, gathered, None, 0.7, 1.0, cap, IGNORE, torch.float32)
+        args = (
+            hidden.requires_grad_(),
+            weight,
+            None,
+            None,
+            None,
+            ids,
+            gathered,
+            None,
+            0.7,
+            1.0,
+            cap,
+            IGNORE,
+            torch.float32,
+            "",
+            [],
+        )
         result = torch.library.opcheck(op._forward_op, (*args, outputs, "unit", 16, False, "torch"))
         assert set(result.values()) == {"SUCCESS"}
 

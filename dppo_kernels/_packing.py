@@ -1,0 +1,40 @@
+"""Sequences packed one after the other into [N], without padding: row ``cu_seqlens[i]`` is the first of sequence i."""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from dppo_kernels import _checks
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, name: str, rows: Tensor) -> None:
+    """Raises TypeError or ValueError unless they are offsets [B + 1] into `rows` [N], which `name` names.
+
+    On a CPU they are read; a compiled op reads them itself.
+    """
+    _checks.check_ids("cu_seqlens", cu_seqlens)
+    if rows.dim() != 1:
+        raise ValueError(f"`cu_seqlens` is of packed `{name}` [N], got {list(rows.shape)}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+        raise ValueError(f"`cu_seqlens` must be [B + 1] offsets, got shape {list(cu_seqlens.shape)}")
+    _checks.check_device("cu_seqlens", cu_seqlens, name, rows)
+    if rows.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_offsets(cu_seqlens, rows.shape[0])
+
+
+def check_offsets(cu_seqlens: Tensor, n_rows: int) -> None:
+    """Raises ValueError unless they rise from 0 to N; reads them."""
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0 or offsets[-1] != n_rows or any(a > b for a, b in pairwise(offsets)):
+        raise ValueError(f"`cu_seqlens` must rise from 0 to the {n_rows} packed rows, got {offsets}")
+
+
+def spread(values: Tensor, offsets: Tensor, n_rows: int) -> Tensor:
+    """[N] from [B]: every row has the value of its sequence."""
+    return torch.repeat_interleave(values, offsets.diff(), output_size=n_rows)
+
+
+def sequence_sums(values: Tensor, offsets: Tensor) -> Tensor:
+    """[B] from [N], differentiable, in the order of the rows; a sequence without rows has 0."""
+    return torch.segment_reduce(values, "sum", offsets=offsets, initial=0, unsafe=True)
