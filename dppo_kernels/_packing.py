@@ -30,11 +30,18 @@ def check_offsets(cu_seqlens: Tensor, n_rows: int) -> None:
         raise ValueError(f"`cu_seqlens` must rise from 0 to the {n_rows} packed rows, got {offsets}")
 
 
-def spread(values: Tensor, offsets: Tensor, n_rows: int) -> Tensor:
+# Where sequences lie in [N]: their offsets, or how long all of them are.
+Sequences = Tensor | int
+
+
+def spread(values: Tensor, sequences: Sequences, n_rows: int) -> Tensor:
     """[N] from [B]: every row has the value of its sequence."""
-    return torch.repeat_interleave(values, offsets.diff(), output_size=n_rows)
+    lengths = sequences.diff() if isinstance(sequences, Tensor) else sequences
+    return torch.repeat_interleave(values, lengths, output_size=n_rows)
 
 
-def sequence_sums(values: Tensor, offsets: Tensor) -> Tensor:
+def sequence_sums(values: Tensor, sequences: Sequences) -> Tensor:
     """[B] from [N], differentiable, in the order of the rows; a sequence without rows has 0."""
-    return torch.segment_reduce(values, "sum", offsets=offsets, initial=0, unsafe=True)
+    if isinstance(sequences, Tensor):
+        return torch.segment_reduce(values, "sum", offsets=sequences, initial=0, unsafe=True)
+    return values.view(-1, sequences).sum(1)

@@ -108,7 +108,7 @@ def policy_loss(
         clean_constant(token_weights),
         clean_constant(ref_logprobs),
         **topk,
-        offsets=cu_seqlens,
+        sequences=cu_seqlens,
     )
     losses, metrics = token_losses(tokens, spec)
     loss = aggregate(losses, loss_mask, spec.reduction, denominator=denominator, max_length=max_length, cu_seqlens=cu_seqlens)

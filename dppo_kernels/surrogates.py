@@ -15,14 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dppo_kernels._packing import sequence_sums, spread
+from dppo_kernels._packing import Sequences, sequence_sums, spread
 from dppo_kernels.divergence import divergence, trust_region_mask
 from dppo_kernels.estimators import LOG_RATIO_LIMIT, kl_estimate, log_ratio
 from dppo_kernels.policy_spec import PolicyLossSpec
 
 
 class Tokens(NamedTuple):
-    """What a token-level loss is a function of; [B, T] or [N] each, zeros behind the mask. Sequences of [N] need `offsets`."""
+    """What a token-level loss is a function of; [B, T] or [N] each, zeros behind the mask. Sequences of [N] must be said."""
 
     logprobs: Tensor
     anchor: Tensor
@@ -33,7 +33,7 @@ class Tokens(NamedTuple):
     topk_logprobs: Tensor | None = None  # [..., K]
     rollout_topk_logprobs: Tensor | None = None
     topk_valid: Tensor | None = None  # bool
-    offsets: Tensor | None = None  # [B + 1] of packed sequences
+    sequences: Sequences | None = None  # of [N]
 
     def ratio(self, level: str) -> Tensor:
         """``pi / anchor``, one per token or the same for all tokens of a sequence."""
@@ -45,9 +45,9 @@ class Tokens(NamedTuple):
 
     def sequence_sums(self, values: Tensor) -> Tensor:
         """Of each sequence, as [B, 1] or at each of its tokens [N]."""
-        if self.offsets is None:
+        if self.sequences is None:
             return values.sum(1, keepdim=True)
-        return spread(sequence_sums(values, self.offsets), self.offsets, values.shape[0])
+        return spread(sequence_sums(values, self.sequences), self.sequences, values.shape[0])
 
     def sequence_lengths(self) -> Tensor:
         """Active tokens, at least 1, as `sequence_sums` has them."""

@@ -99,7 +99,9 @@ class _Launcher:
     def compare(self, rows: CompactRows, part: slice) -> None:
         task, found = self.task, self.result.rows
         shard = task.student.shard
-        partials = self.partials if shard is None else [merge_ranks(shard, *x) for x in self.partials]
+        n = part.stop - part.start
+        # Of the part's rows alone: the rest of a block depends on tiles, which may differ from rank to rank.
+        partials = self.partials if shard is None else [merge_ranks(shard, *(x[:n] for x in both)) for both in self.partials]
         n_blocks = [maxima.shape[1] for maxima, _ in partials]
         divergence_row_kernel[(part.stop - part.start,)](
             *self.logits,

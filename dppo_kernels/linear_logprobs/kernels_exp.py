@@ -215,26 +215,31 @@ class Projecting:
         row_blocks = launcher.chunk_rows // launcher.plan.block_n
         self.redo = torch.zeros(row_blocks, dtype=torch.int32, device=launcher.device)
         self._launch(again=False)
-        shard = launcher.x.shard
-        self.largest = None if shard is None else Reduction(shard, (self.sums.top.clone(),), greatest=True)
+        # Of the part's rows alone: the rest of a block depends on tiles, which may differ from rank to rank.
+        self.size, shard = part.stop - part.start, launcher.x.shard
+        self.largest = None if shard is None else Reduction(shard, (self.sums.top[: self.size].clone(),), greatest=True)
 
     def settle(self) -> Sums:
         """The sums, of the whole vocabulary."""
         if self.largest is not None:
             self._agree()
         self._launch(again=True)
-        rest, dot = summed(self.launcher.x.shard, self.sums.rest, self.sums.dot if self.launcher.with_dot else None)
-        return self.sums._replace(rest=rest, dot=self.sums.dot if dot is None else dot)
+        if self.launcher.x.shard is not None:
+            names = ("rest", "dot") if self.launcher.with_dot else ("rest",)
+            parts = [getattr(self.sums, name)[: self.size] for name in names]
+            for part, whole in zip(parts, summed(self.launcher.x.shard, *(part.clone() for part in parts)), strict=True):
+                part.copy_(whole)
+        return self.sums
 
     def _agree(self) -> None:
         """Anchors that all ranks share, wherever the largest logit is; which rows fit is decided by it alone."""
         assert self.largest is not None
-        size = self.part.stop - self.part.start
-        (top,) = self.largest.wait()
-        target, largest = self.target[self.part], top[:size]
+        size = self.size
+        (largest,) = self.largest.wait()
+        target = self.target[self.part]
         fits = largest - target <= LARGEST_EXPONENT - math.log(self.launcher.x.vocab)  # False for NaN
         live = torch.arange(self.part.start, self.part.stop, device=target.device) < self.rows.n_active
-        self.sums.top.copy_(top)
+        self.sums.top[:size] = largest
         self.sums.anchor[:size] = torch.where(fits, target, torch.maximum(largest, target))
         self.redo.zero_()
         block = torch.arange(size, device=target.device) // self.launcher.plan.block_n

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dppo_kernels._row_stats import Upstream
 from dppo_kernels._shard import pipelined, summed
-from dppo_kernels._tiling import GradPlan, chunks
+from dppo_kernels._tiling import ROW_BLOCKS, GradPlan, chunks, kind_of
 from dppo_kernels._tl import LEAST_OTHERS, expm1_nonpositive
 from dppo_kernels._triton import INTERPRET, launch_on
 from dppo_kernels.linear_logprobs.exponentials import Exponentials
@@ -106,7 +106,9 @@ def unit_gradient_fwd(
         with launch_on(x.hidden.device):
             # While a chunk's largest logits come in from other ranks, the next chunk is projected.
             n_slots = 1 if x.shard is None else 2
-            chunk_rows = max(1, chunk_rows // n_slots)
+            if x.shard is not None:  # whole blocks: tiles may differ from rank to rank, and chunks must not
+                block = ROW_BLOCKS[kind_of(x.hidden.device)]
+                chunk_rows = max(chunk_rows // n_slots // block, 1) * block
             launcher = ChunkLauncher(x, chunk_rows, with_dot=with_entropy, fold_slope=True, plan=plan, descriptors=descriptors)
             size, slots = launcher.chunk_rows, [launcher.new_slot() for _ in range(n_slots)]
             rows = compact_rows(x, counted)

@@ -44,17 +44,16 @@ def unit_gradient_fwd(
         out["entropy"] = zeros.clone()
     out["unit"] = zeros.new_zeros(n, width)
     out["picked"] = zeros.new_zeros(n, 1 + (0 if gather_ids is None else gather_ids.shape[1]))
-    every = projection.select(rows)
-    target = every.target_logits(ids[rows])
+    # Ranks exchange the logits of all rows' ids at one time.
+    target = None if projection.shard is None else projection.select(rows).target_logits(ids[rows])
 
     def start(number: int, part: slice) -> Folding:
         chosen = rows[part]
         gathered_ids = None if gather_ids is None else gather_ids[chosen]
         slot = slots[number % n_slots][: chosen.shape[0]]
-        of_part = (target[0][part], None if target[1] is None else target[1][part])
-        return Folding(
-            every.cut(part), ids[chosen], gathered_ids, slot, with_entropy=with_entropy, fold_slope=True, target=of_part
-        )
+        of_part = None if target is None else (target[0][part], None if target[1] is None else target[1][part])
+        x = projection.select(chosen)
+        return Folding(x, ids[chosen], gathered_ids, slot, with_entropy=with_entropy, fold_slope=True, target=of_part)
 
     def finish(part: slice, folding: Folding) -> None:
         chosen, x, gathered_ids = rows[part], folding.x, folding.gather_ids

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dppo_kernels._packing import sequence_sums, spread
+from dppo_kernels._packing import Sequences, sequence_sums, spread
 from dppo_kernels.linear_logprobs.exponentials import Scores
 from dppo_kernels.policy import Stat, partial_sums
 from dppo_kernels.policy_spec import PolicyLossSpec
@@ -29,15 +29,15 @@ class PolicyRows(NamedTuple):
     def take(self, rows: Tensor | slice) -> "PolicyRows":
         return PolicyRows(*(None if x is None else x[rows] for x in self))  # type: ignore[arg-type]
 
-    def to_score(self, spec: PolicyLossSpec, offsets: Tensor | None, *, score_inactive: bool) -> Tensor:
+    def to_score(self, spec: PolicyLossSpec, sequences: Sequences | None, *, score_inactive: bool) -> Tensor:
         """Rows that the loss or its gradient depends on (all that count, if `score_inactive`): bool [N]."""
         if score_inactive or spec.scores_every_token:
             return self.mask
         active = self.mask & (self.advantages != 0)
         if self.token_weights is not None:
             active &= self.token_weights != 0
-        if offsets is not None:  # one active token needs the ratio of its whole sequence
-            return self.mask & spread(sequence_sums(active.float(), offsets) > 0, offsets, active.shape[0])
+        if sequences is not None:  # one active token needs the ratio of its whole sequence
+            return self.mask & spread(sequence_sums(active.float(), sequences) > 0, sequences, active.shape[0])
         return active
 
 
@@ -55,14 +55,14 @@ def stat_names(spec: PolicyLossSpec, *, ref: bool, entropy: bool) -> tuple[str, 
 
 
 def row_loss(
-    rows: PolicyRows, scores: Scores, spec: PolicyLossSpec, entropy_weight: Tensor | None, offsets: Tensor | None = None
+    rows: PolicyRows, scores: Scores, spec: PolicyLossSpec, entropy_weight: Tensor | None, sequences: Sequences | None = None
 ) -> RowLoss:
     """Loss, coefficients and metrics of the rows that ``rows.mask`` says were scored.
 
     Args:
         scores: whatever they hold elsewhere changes nothing.
         entropy_weight: dL/dH of every scored row, if there is an entropy bonus.
-        offsets: for a sequence-level ratio; rows are whole sequences then, which begin there.
+        sequences: for a sequence-level ratio; rows are whole sequences then.
     """
     dtype = scores.logprobs.dtype
 
@@ -83,7 +83,7 @@ def row_loss(
         scores.gathered,
         rows.rollout_topk_logprobs,
         rows.topk_valid,
-        offsets,
+        sequences,
     )
     loss_weights = clean(rows.loss_weights)
     losses, metrics = token_losses(tokens, spec)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dppo_kernels._packing import Sequences
 from dppo_kernels.linear_logprobs.exponentials import Scores
 from dppo_kernels.linear_policy_loss.rows import PolicyRows, RowLoss, row_loss, stat_names
 from dppo_kernels.policy import Stat, partial_sums
@@ -28,13 +29,13 @@ class Task:
     @functools.cached_property
     def scored(self) -> Tensor:
         """Rows that enter a GEMM: bool [N]."""
-        offsets = self.offsets(slice(0, self.rows.mask.shape[0]))
-        return self.rows.to_score(self.spec, offsets, score_inactive=self.score_inactive)
+        sequences = self.sequences(slice(0, self.rows.mask.shape[0]))
+        return self.rows.to_score(self.spec, sequences, score_inactive=self.score_inactive)
 
-    def offsets(self, span: slice) -> Tensor | None:
-        """Of the sequences among consecutive rows, relative to the first; None where rows are by themselves."""
-        if self.bounds is None:
-            return None
+    def sequences(self, span: slice) -> Sequences | None:
+        """Among consecutive rows, relative to the first; None where rows are by themselves."""
+        if self.bounds is None or isinstance(self.bounds, range):
+            return None if self.bounds is None else self.bounds.step
         first, last = bisect_left(self.bounds, span.start), bisect_right(self.bounds, span.stop)
         inside = [bound - span.start for bound in self.bounds[first:last]]
         return torch.tensor(inside, device=self.rows.mask.device)
@@ -72,6 +73,6 @@ def coefficients(task: Task, totals: Totals, span: slice, places: Tensor | None,
         scored = torch.ones_like(rows.mask)
     elif places is not None:
         scores = scores.spread(places, scored.shape[0])
-    loss = row_loss(rows._replace(mask=scored), scores, task.spec, task.entropy_weight, task.offsets(span))
+    loss = row_loss(rows._replace(mask=scored), scores, task.spec, task.entropy_weight, task.sequences(span))
     totals.add(loss)
     return loss.dlogprobs if places is None or task.bounds is None else loss.dlogprobs[places]
