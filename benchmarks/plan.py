@@ -27,7 +27,6 @@ class Machine:
 
     name: str = "H100 SXM"
     flops: float = 989e12  # 16 bit, dense
-    memory: float = 80e9  # bytes
     bandwidth: float = 3.35e12  # bytes a second, of its memory
     link: float = 450e9  # bytes a second one way, within a node of 8
     network: float = 50e9  # bytes a second one way and GPU, between nodes
@@ -98,11 +97,11 @@ class Step:
     def head_transient(self) -> float:
         """Bytes while the loss runs: gathered 16-bit weight, its fp32 gradient, workspace, hidden states and their gradient."""
         head = self.model.hidden * self.model.vocab / self.tensor_parallel
-        return (2 + 4) * head + WORKSPACE + (2 + 4) * self.micro_rows * self.model.hidden
+        return (2 + 4) * head + WORKSPACE + (2 + 4) * min(self.micro_rows, self.rows) * self.model.hidden
 
     def naive_logits(self) -> float:
         """Bytes that full logits would take instead of the workspace."""
-        return NAIVE_BYTES * self.micro_rows * self.model.vocab / self.tensor_parallel
+        return NAIVE_BYTES * min(self.micro_rows, self.rows) * self.model.vocab / self.tensor_parallel
 
     def head_traffic(self) -> tuple[float, float]:
         """Bytes a rank sends per step in a ring of its tensor-parallel group: (sums of rows, gradient of hidden states)."""
@@ -119,12 +118,17 @@ class Step:
         decoding = (weights + cache) / (machine.bandwidth * machine.streaming)
         shared = self.replicas > 1
         link = machine.network if self.gpus > 8 else machine.link
-        # Weights are gathered for the forward and the backward, gradients reduced: 16 bits each.
-        sharding = 3 * weights * (self.replicas - 1) / self.replicas / link if shared else 0.0
+        # Of each micro-batch: weights are gathered for the forward and the backward, gradients reduced, in 16 bits.
+        micro_batches = max(1.0, self.rows / self.micro_rows)
+        sharding = micro_batches * 3 * weights * (self.replicas - 1) / self.replicas / link if shared else 0.0
+        # Four sums of a layer, of all tokens' hidden states in 16 bits.
+        tokens = self.sequences * (self.prompt + self.completion) / self.replicas
+        layers = 2 * (ranks - 1) / ranks * 4 * model.layers * 2 * model.hidden * tokens
         return {
             "rollout": self.completion * decoding,
             "body": self.body_flops() / (machine.flops * machine.efficiency),
             "head": self.head_flops() / (machine.flops * machine.efficiency),
+            "body's sums": layers / machine.link,
             "head's sums": sum(self.head_traffic()) / machine.link,
             "sharding": sharding,
         }
@@ -152,7 +156,8 @@ HEADER = (
     "rollout s",
     "body s",
     "head s",
-    "sums s",
+    "body's sums s",
+    "head's sums s",
     "sharding s",
     "head of training",
     "rollout of step",

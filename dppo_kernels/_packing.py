@@ -36,12 +36,17 @@ Sequences = Tensor | int
 
 def spread(values: Tensor, sequences: Sequences, n_rows: int) -> Tensor:
     """[N] from [B]: every row has the value of its sequence."""
-    lengths = sequences.diff() if isinstance(sequences, Tensor) else sequences
-    return torch.repeat_interleave(values, lengths, output_size=n_rows)
+    if not isinstance(sequences, Tensor):
+        return values.repeat_interleave(sequences, output_size=n_rows)
+    if not values.requires_grad:
+        return values.repeat_interleave(sequences.diff(), output_size=n_rows)
+    # The backward adds up rows one by one: in float32 that would lose digits over long sequences.
+    return values.double().repeat_interleave(sequences.diff(), output_size=n_rows).to(values.dtype)
 
 
 def sequence_sums(values: Tensor, sequences: Sequences) -> Tensor:
     """[B] from [N], differentiable, in the order of the rows; a sequence without rows has 0."""
     if isinstance(sequences, Tensor):
-        return torch.segment_reduce(values, "sum", offsets=sequences, initial=0, unsafe=True)
+        # It adds up one by one.
+        return torch.segment_reduce(values.double(), "sum", offsets=sequences, initial=0, unsafe=True).to(values.dtype)
     return values.view(-1, sequences).sum(1)

@@ -56,12 +56,11 @@ class VocabShard:
         return torch.where(ids < 0, ids, torch.where(here, columns, ELSEWHERE))
 
 
-def check_ranks(shard: VocabShard | None, n_rows: int) -> None:
+def check_ranks(shard: VocabShard | None, n_rows: int, device: torch.device) -> None:
     """Raises ValueError, on every rank, unless the shards tile the vocabulary and all ranks have as many hidden rows."""
     if shard is None:
         return
     group = _group(shard.group)
-    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
     every = torch.zeros((shard.ranks, 4), dtype=torch.int64)
     every[dist.get_rank(group)] = torch.tensor([shard.start, shard.rows, shard.vocab, n_rows])
     every = every.to(device)
@@ -71,7 +70,7 @@ def check_ranks(shard: VocabShard | None, n_rows: int) -> None:
         raise ValueError(f"ranks of `process_group` differ in [vocab_size, rows of hidden]: {[x[2:] for x in found]}")
     end = 0
     for start, rows, *_ in sorted(found):
-        if start != end:
+        if start != end or rows < 1:
             break
         end = start + rows
     if end != shard.vocab:
@@ -189,19 +188,23 @@ def take_shard(
         raise TypeError(f"`process_group` must be a torch.distributed.ProcessGroup, got {type(process_group).__name__}")
     if base.dim() != 2:
         raise ValueError(f"`{name}` must be [V, H], got shape {list(base.shape)}")
+    whole = None  # rows of all ranks together, where they are known
     if _is_dtensor(base):
         if vocab_start is not None:
             raise ValueError(f"`{name}` is a DTensor, which knows where its rows lie: `vocab_start` must be None")
         vocab_size = base.shape[0] if vocab_size is None else vocab_size
+        whole = base.shape[0]
         base, vocab_start = _local_rows(name, base, process_group)
     elif vocab_start is None or vocab_size is None:
         raise ValueError(f"`{name}` is a shard of a head: `vocab_start` and `vocab_size` must say which")
     for argument, value in (("vocab_start", vocab_start), ("vocab_size", vocab_size)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"`{argument}` must be an int, got {type(value).__name__}")
-    given = base.shape[0]
-    rows = min(given, vocab_size - vocab_start)
-    if vocab_start < 0 or rows <= 0:
+    given, ranks = base.shape[0], dist.get_world_size(process_group)
+    rows = max(min(given, vocab_size - vocab_start), 0)
+    # On a CPU, and of DTensors, all ranks find out, together: one that left alone would keep the others waiting.
+    empty = rows == 0 and base.device.type != "cpu" if whole is None else (ranks - 1) * -(-whole // ranks) >= vocab_size
+    if vocab_start < 0 or empty:
         got = f"{given} rows from {vocab_start} on, and a `vocab_size` of {vocab_size}"
         raise ValueError(f"`{name}` must hold a row of the vocabulary, got {got}")
     if bias is not None:
@@ -212,11 +215,16 @@ def take_shard(
     if lora is not None:
         b: Any = _local_rows(f"{name}.b", lora.b, process_group)[0] if _is_dtensor(lora.b) else lora.b
         a: Any = lora.a
-        a = a.to_local() if _is_dtensor(a) else a
+        if _is_dtensor(a):
+            if not all(placement.is_replicate() for placement in a.placements):
+                raise ValueError(f"`{name}.a` must be whole on every rank, got a DTensor with {a.placements}")
+            a = a.to_local()
         if b.dim() != 2 or b.shape[0] != given:
             raise ValueError(f"`{name}.b` must have the rows of `{name}.base`, {given}, got shape {list(b.shape)}")
         head = LoraWeight(head, a, b[:rows], lora.scale)
-    ranks = dist.get_world_size(process_group)
+    if ranks == 1 and (vocab_start, rows) != (0, vocab_size):
+        got = f"{rows} from {vocab_start} on, of {vocab_size}"
+        raise ValueError(f"the only rank of `process_group` must hold all rows of `{name}`, got {got}")
     shard = VocabShard(process_group.group_name, vocab_start, rows, vocab_size, ranks)
     return head, bias, None if ranks == 1 else shard
 

@@ -55,7 +55,8 @@ def policy_loss(
         logprobs: [B, T] or [N] log-probs of the sampled tokens under the policy being trained.
         anchor_logprobs: same shape; what the ratio is against: the rollout policy for DPPO, the trainer's old one for PPO.
             None: `logprobs` themselves (on-policy, ratio 1).
-        advantages: [B] (one per sequence), [B, T] or [N]; [B] with [N] needs `cu_seqlens`.
+        advantages: [B] (one per sequence), [B, T] or [N]; [B] with [N] needs `cu_seqlens`, and is taken for [N] where B is N:
+            [B, 1] never is.
         loss_mask: bool, shape of `logprobs`, True = counts. Whatever stands behind it, NaN included, changes nothing.
         spec: the loss, e.g. ``PRESETS["dppo_binary_tv"]``.
         entropy: shape of `logprobs`, nats; needed if ``spec.entropy_coef`` is not 0, else only reported.
@@ -179,8 +180,9 @@ def check_policy_arguments(
     if spec.beta and per_token_inputs["ref_logprobs"] is None:
         raise ValueError(f"spec.beta is {spec.beta}: `ref_logprobs` is needed")
     _checks.check_floating("advantages", advantages)
-    if cu_seqlens is not None and advantages.shape != shape:
-        _checks.check_shape("advantages", advantages, (n_sequences,), "[N], or [B] of `cu_seqlens`")
+    if cu_seqlens is not None:
+        if advantages.shape not in (shape, (n_sequences, 1)):
+            _checks.check_shape("advantages", advantages, (n_sequences,), "[N], or [B] of `cu_seqlens`")
     elif advantages.dim() == 1 and len(shape) == 2:
         _checks.check_shape("advantages", advantages, shape[:1], "[B]")
     else:

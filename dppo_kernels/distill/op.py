@@ -146,6 +146,8 @@ def linear_distill_loss(
     base, low_hidden, low_weight = split_head(student_weight, rows, mask, student_dtype)
     if name == "reference":
         check_row_temperature(row_temperature)
+        if device.type == "cpu":
+            check_ranks(shard, mask.shape[0], device)
         base, student_bias, low_weight = whole_head(shard, base, student_bias, low_weight)
         with torch.no_grad():
             teacher_base, teacher_bias, teacher_low_weight = whole_head(shard, fixed[1], teacher_bias, fixed[3])
@@ -266,7 +268,7 @@ def _op(
     check_row_temperature(row_temperature)
     shard = VocabShard.decode(group_name, span)
     if hidden.device.type == "cpu":
-        check_ranks(shard, mask.shape[0])
+        check_ranks(shard, mask.shape[0], hidden.device)
     row_or_scalar = temperature if row_temperature is None else row_temperature
     scale, teacher_scale = logit_scales
     transforms = (row_or_scalar, scale, softcap, compute_dtype)

@@ -64,7 +64,7 @@ class _Started:
     """A group whose chunks are projected; `finish` scores them and adds their gradients."""
 
     def __init__(self, task: GroupTask, group: Group, slots: list[Tensor], targets: "_Targets | None") -> None:
-        self.task, self.group, self.slots = task, group, slots
+        self.task, self.group, self.slots, self.targets = task, group, slots, targets
         self.parts = chunks(group.rows.shape[0], task.design.chunk_rows)
         # Chunks beyond the slots take turns in the last one; what is there at the end need not be scored again.
         self.kept: dict[int, Exponentials] = {}
@@ -101,7 +101,8 @@ class _Started:
         # Last chunk first: its slot is where the others are scored again.
         for i in sorted(range(len(self.parts)), key=lambda i: (i not in self.kept, -i)):
             part = self.parts[i]
-            _add_gradient(task, group.rows[part], self.kept.get(i), self.slots[-1], whole, dlogprobs, part, result)
+            rows, kept = group.rows[part], self.kept.get(i)
+            _add_gradient(task, rows, kept, self.slots[-1], whole, dlogprobs, part, result, self.targets)
 
 
 class _Targets(NamedTuple):
@@ -148,6 +149,7 @@ def _add_gradient(
     dlogprobs: Tensor,  # of the group
     part: slice,  # where the chunk is in the group
     result: GroupResult,
+    targets: _Targets | None,
 ) -> None:
     dlogprobs, entropy = dlogprobs[part], None if scores.entropy is None else scores.entropy[part]
     keep = torch.ones_like(dlogprobs, dtype=torch.bool) if task.entropy_weight is not None else dlogprobs != 0
@@ -155,7 +157,8 @@ def _add_gradient(
         return
     if e is None:
         order = keep.nonzero().squeeze(1)
-        e, _ = _fold(task, rows[order], spare).settle()
+        target = None if targets is None else targets.of(rows[order])
+        e, _ = _fold(task, rows[order], spare, target=target).settle()
     else:
         e, order = e.keep_rows(keep)
     rows = rows[order]

@@ -114,6 +114,8 @@ def linear_logprobs(
 
     if name == "reference":
         with torch.autocast(hidden.device.type, enabled=False):
+            if hidden.device.type == "cpu" or check_values:
+                check_ranks(shard, ids.shape[0], hidden.device)
             head, bias, low_weight = whole_head(shard, weight, bias, low_weight)
             if hidden.device.type == "cpu" or check_values:
                 _checks.check_values(ids, gather_ids, row_temperature, head.shape[0], ignore_index)
@@ -257,7 +259,7 @@ def _forward_op(
     low_rank, shard = pair(low_hidden, low_weight), VocabShard.decode(group, span)
     projection = Projection(hidden, weight, bias, row_or_scalar, logit_scale, softcap, compute_dtype, low_rank, shard)
     if hidden.device.type == "cpu" or check_values:
-        check_ranks(shard, ids.shape[0])
+        check_ranks(shard, ids.shape[0], hidden.device)
         _checks.check_values(ids, gather_ids, row_temperature, projection.vocab, ignore_index)
     ids, gather_ids, ignore_index = local_ids(shard, ids, gather_ids, ignore_index)
     asked = frozenset(outputs.split(","))

@@ -153,5 +153,5 @@ def linear_logprobs_bwd(
         out[rows] = values.to(x.dtype)
         return out
 
-    dhidden_rows, dlow_rows = summed(active.shard, dhidden_rows, dlow_rows)
+    dhidden_rows, dlow_rows = (summed(active.shard, x)[0] for x in (dhidden_rows, dlow_rows))  # together they would be copied
     return Gradients(spread(hidden, dhidden_rows), dweight, dbias, spread(low_hidden, dlow_rows), dlow_weight)

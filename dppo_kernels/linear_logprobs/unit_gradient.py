@@ -17,7 +17,7 @@ from torch import Tensor
 from dppo_kernels._row_stats import Upstream
 from dppo_kernels._shard import pipelined, summed
 from dppo_kernels._tiling import WEIGHT_TILE_ELEMENTS, balanced, chunks
-from dppo_kernels.linear_logprobs.exponentials import Folding, put_column
+from dppo_kernels.linear_logprobs.exponentials import Folding
 from dppo_kernels.linear_logprobs.gradient_gemms import weight_tiles
 from dppo_kernels.linear_logprobs.projection import Projection
 
@@ -60,8 +60,8 @@ def unit_gradient_fwd(
         e, gathered = folding.settle()
         scores, log_total = e.scores(gathered, gathered_ids), e.log_total()
         if gathered_ids is not None:
-            for k in range(gathered_ids.shape[1]):
-                put_column(e.values, gathered_ids[:, k], 0.0)
+            here = x.holds(gathered_ids)  # the others, padding and ids of other ranks, leave what is there
+            e.values.scatter_reduce_(1, torch.where(here, gathered_ids, 0), (~here).to(e.values.dtype), "prod")
         unit = torch.zeros_like(out["unit"][: chosen.shape[0]])
         for cols, w in weight_tiles(x):
             unit.addmm_(e.values[:, cols], w)

@@ -75,7 +75,8 @@ def linear_policy_loss(
             `LoraWeight`, whose sum with its update is never made.
         ids: [B, T] or [N] int32/int64 sampled token ids; whatever stands behind the mask changes nothing.
         anchor_logprobs: shape of `ids`; what the ratio is against. None: the policy itself (on-policy, ratio 1).
-        advantages: [B] (one per sequence), [B, T] or [N]; [B] with [N] needs `cu_seqlens`.
+        advantages: [B] (one per sequence), [B, T] or [N]; [B] with [N] needs `cu_seqlens`, and is taken for [N] where B is N:
+            [B, 1] never is.
         loss_mask: bool, shape of `ids`, True = counts.
         spec: the loss, e.g. ``PRESETS["dppo_topk_tv"]``.
         rollout_topk_ids: [..., K+1] the rollout's top-K ids, the sampled one injected (see `topk_logprobs`); with the next two
@@ -360,7 +361,7 @@ def _op(
         known = torch.where(mask, ids, IGNORED)
         known_topk = None if topk_ids is None else torch.where(mask[:, None], topk_ids, IGNORED)
         known_temperature = None if row_temperature is None else torch.where(mask, row_temperature, 1.0)
-        check_ranks(shard, mask.shape[0])
+        check_ranks(shard, mask.shape[0], hidden.device)
         if cu_seqlens is not None:
             check_offsets(cu_seqlens, mask.shape[0])
         _checks.check_values(known, known_topk, known_temperature, projection.vocab, IGNORED, gather_name="rollout_topk_ids")

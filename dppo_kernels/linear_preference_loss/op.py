@@ -413,7 +413,7 @@ def _compute(
     policy = Projection(hidden, weight, bias, *transforms, compute_dtype, pair(low_hidden, low_weight), shard)
     if hidden.device.type == "cpu" or check_values:
         known_temperature = None if row_temperature is None else torch.where(mask, row_temperature, 1.0)
-        check_ranks(shard, mask.shape[0])
+        check_ranks(shard, mask.shape[0], hidden.device)
         _checks.check_values(ids, None, known_temperature, policy.vocab, IGNORED)
         _checks.check_values(sequences, None, None, 2 * n_pairs, None, ids_name="sequence_ids")
     ids, _, _ = local_ids(shard, ids, None, IGNORED)

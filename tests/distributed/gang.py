@@ -20,6 +20,10 @@ class Gang:
 
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
+        self._start()
+
+    def _start(self) -> None:
+        ranks = self.ranks
         context = multiprocessing.get_context("spawn")
         self.meeting = tempfile.TemporaryDirectory()
         self.ends, self.processes = [], []
@@ -38,12 +42,18 @@ class Gang:
         replies = []
         for rank, end in enumerate(self.ends):
             if not end.poll(PATIENCE):
-                self.close()
+                self._restart()
                 raise AssertionError(f"rank {rank} of {self.ranks} did not answer within {PATIENCE} s")
             replies.append(end.recv())
+        if any(error is not None for error, _ in replies):
+            self._restart()  # ranks may be out of step now
         for rank, (error, _) in enumerate(replies):
             assert error is None, f"rank {rank} of {self.ranks}:\n{error}"
         return [value for _, value in replies]
+
+    def _restart(self) -> None:
+        self.close()
+        self._start()
 
     def close(self) -> None:
         for process in self.processes:

@@ -101,7 +101,7 @@ def _refused(changes: dict[str, Any]) -> tuple[str, str]:
         ({"vocab_size": 23.0}, "TypeError", "`vocab_size` must be an int, got float"),
         ({"vocab_start": True}, "TypeError", "`vocab_start` must be an int, got bool"),
         ({"vocab_start": -1}, "ValueError", "must hold a row of the vocabulary, got .* from -1 on"),
-        ({"vocab_start": 23}, "ValueError", "must hold a row of the vocabulary, got .* from 23 on, and a `vocab_size` of 23"),
+        ({"vocab_start": 23}, "ValueError", "shards of the head must tile the vocabulary of 23"),
         ({"bias": torch.zeros(3)}, "ValueError", r"`bias` must have shape \[rows of `weight`\]"),
         ({"weight": torch.zeros(3)}, "ValueError", r"`weight` must be \[V, H\], got shape \[3\]"),
         ({"weight": torch.zeros(3, 9), "bias": None}, "ValueError", r"`hidden` must have shape"),
@@ -118,6 +118,57 @@ def test_bad_arguments(gangs: dict[int, Gang], changes: dict[str, Any], error: s
     for name, text in gangs[2].run(_refused, changes):
         assert name == error, text
         assert re.search(message, text), text
+
+
+def _fault_of_one(fault: str) -> str:
+    hidden, weight, _, ids = inputs()
+    rows, options = place()
+    arguments: dict[str, Any] = {"weight": weight[rows], "backend": "torch", **options}
+    if fault == "only padding":
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        shared = distribute_tensor(weight[:4], mesh, [Shard(0)])
+        arguments = {"weight": shared, "process_group": mesh.get_group(), "vocab_size": 2}
+    elif fault == "no row" and dist.get_rank():
+        arguments |= {"vocab_start": V}
+    elif fault == "overlap, reference":
+        arguments |= {"vocab_start": 0, "backend": "reference"}
+    with pytest.raises(ValueError, match=r"must tile|must hold a row") as caught:
+        linear_logprobs(hidden, arguments.pop("weight"), ids % 2, **arguments)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("fault", ["only padding", "no row", "overlap, reference"])
+def test_a_fault_of_one_rank_is_raised_on_all(gangs: dict[int, Gang], fault: str) -> None:
+    gangs[2].run(_fault_of_one, fault)
+
+
+def _lonely() -> None:
+    hidden, weight, _, ids = inputs()
+    rows, options = place()
+    alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
+    with pytest.raises(ValueError, match="the only rank of `process_group` must hold all rows of `weight`, got"):
+        linear_logprobs(hidden, weight[rows], ids, **{**options, "process_group": alone})
+
+
+def test_a_group_that_is_not_the_heads_is_noticed(gangs: dict[int, Gang]) -> None:
+    gangs[2].run(_lonely)
+
+
+def _reference() -> None:
+    hidden, weight, bias, ids = inputs()
+    rows, options = place("uneven")
+    found = []
+    for w, b, more in ((weight, bias, {}), (weight[rows], bias[rows], options)):
+        h, w, b = (x.clone().requires_grad_() for x in (hidden, w, b))
+        out = linear_logprobs(h, w, ids, bias=b, gather_ids=ids[:, None], outputs=("logprobs",), backend="reference", **more)
+        (out.logprobs.sin().sum() + out.gathered.sum()).backward()
+        found.append((out.logprobs, h.grad, w.grad if more else w.grad[rows], b.grad if more else b.grad[rows]))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_the_reference_takes_shards(gang: Gang) -> None:
+    gang.run(_reference)
 
 
 def _ids_out_of_range() -> str:
