@@ -29,6 +29,8 @@ def packed(case: PolicyCase, lengths: list[int]) -> tuple[dict[str, Any], dict[s
         if isinstance(value, Tensor) and value.shape[:2] == inside.shape:
             flat[name] = value[inside]
     flat["cu_seqlens"] = torch.tensor([0, *lengths]).cumsum(0)
+    if flat["advantages"].shape == (case.b,) and case.b == sum(lengths):
+        flat["advantages"] = flat["advantages"][:, None]  # [B] would be taken for [N]
     return arguments, flat, inside
 
 
@@ -54,6 +56,16 @@ def test_packed_equals_padded(backend: str, case: PolicyCase, data: st.DataObjec
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5 if a.dim() == 1 and a.shape == (3,) else 1e-9, atol=1e-9)
     torch.testing.assert_close(our_logprobs, their_logprobs[inside], rtol=1e-9, atol=1e-9)
+
+
+def test_one_advantage_a_sequence_where_there_are_as_many_tokens() -> None:
+    """Three sequences and three tokens: [B, 1] is of sequences, [B] is [N]."""
+    mask, offsets = torch.ones(3, dtype=torch.bool), torch.tensor([0, 0, 3, 3])
+    arguments = (-torch.ones(3), -torch.ones(3))
+    advantages = torch.tensor([5.0, 1.0, 7.0])
+    of_sequences = policy_loss(*arguments, advantages[:, None], mask, spec=PRESETS["ppo"], cu_seqlens=offsets)[0]
+    of_tokens = policy_loss(*arguments, advantages, mask, spec=PRESETS["ppo"], cu_seqlens=offsets)[0]
+    assert (of_sequences.item(), of_tokens.item()) == (-1.0, pytest.approx(-13 / 3))
 
 
 @pytest.mark.parametrize("preset", ["gspo", "sapo", "grpo"])
