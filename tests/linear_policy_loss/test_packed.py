@@ -29,7 +29,7 @@ def packed(case: PolicyCase, lengths: list[int]) -> tuple[dict[str, Any], dict[s
         if isinstance(value, Tensor) and value.shape[:2] == inside.shape:
             flat[name] = value[inside]
     flat["cu_seqlens"] = torch.tensor([0, *lengths]).cumsum(0)
-    if flat["advantages"].shape == (case.b,) and case.b == sum(lengths):
+    if arguments["advantages"].dim() == 1 and case.b == sum(lengths):
         flat["advantages"] = flat["advantages"][:, None]  # [B] would be taken for [N]
     return arguments, flat, inside
 
