@@ -20,14 +20,15 @@ def check_cu_seqlens(cu_seqlens: Tensor, name: str, rows: Tensor) -> None:
         raise ValueError(f"`cu_seqlens` must be [B + 1] offsets, got shape {list(cu_seqlens.shape)}")
     _checks.check_device("cu_seqlens", cu_seqlens, name, rows)
     if rows.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_offsets(cu_seqlens, rows.shape[0])
+        read_offsets(cu_seqlens, rows.shape[0])
 
 
-def check_offsets(cu_seqlens: Tensor, n_rows: int) -> None:
-    """Raises ValueError unless they rise from 0 to N; reads them."""
-    offsets = cu_seqlens.tolist()
+def read_offsets(cu_seqlens: Tensor, n_rows: int) -> list[int]:
+    """The offsets on the host; raises ValueError unless they rise from 0 to N."""
+    offsets: list[int] = cu_seqlens.tolist()
     if offsets[0] != 0 or offsets[-1] != n_rows or any(a > b for a, b in pairwise(offsets)):
         raise ValueError(f"`cu_seqlens` must rise from 0 to the {n_rows} packed rows, got {offsets}")
+    return offsets
 
 
 # Where sequences lie in [N]: their offsets, or how long all of them are.
@@ -37,7 +38,7 @@ Sequences = Tensor | int
 def spread(values: Tensor, sequences: Sequences, n_rows: int) -> Tensor:
     """[N] from [B]: every row has the value of its sequence."""
     if not isinstance(sequences, Tensor):
-        return values.repeat_interleave(sequences, output_size=n_rows)
+        return values[:, None].expand(-1, sequences).reshape(-1)
     if not values.requires_grad:
         return values.repeat_interleave(sequences.diff(), output_size=n_rows)
     # The backward adds up rows one by one: in float32 that would lose digits over long sequences.

@@ -181,7 +181,7 @@ def take_shard(
             if value is not None:
                 raise ValueError(f"`{argument}` is of a head that is shared out over a `process_group`, which is None")
         for argument, part in ((name, base), (f"{prefix}bias", bias)):
-            if _is_dtensor(part):
+            if is_dtensor(part):
                 raise ValueError(f"`{argument}` is a DTensor: pass the `process_group` it is sharded over, or full_tensor()")
         return weight, bias, None
     if not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
@@ -189,7 +189,7 @@ def take_shard(
     if base.dim() != 2:
         raise ValueError(f"`{name}` must be [V, H], got shape {list(base.shape)}")
     whole = None  # rows of all ranks together, where they are known
-    if _is_dtensor(base):
+    if is_dtensor(base):
         if vocab_start is not None:
             raise ValueError(f"`{name}` is a DTensor, which knows where its rows lie: `vocab_start` must be None")
         vocab_size = base.shape[0] if vocab_size is None else vocab_size
@@ -208,14 +208,14 @@ def take_shard(
         got = f"{given} rows from {vocab_start} on, and a `vocab_size` of {vocab_size}"
         raise ValueError(f"`{name}` must hold a row of the vocabulary, got {got}")
     if bias is not None:
-        bias = _local_rows(f"{prefix}bias", bias, process_group)[0] if _is_dtensor(bias) else bias
+        bias = _local_rows(f"{prefix}bias", bias, process_group)[0] if is_dtensor(bias) else bias
         _checks.check_shape(f"{prefix}bias", bias, (given,), f"[rows of `{name}`]")
         bias = bias[:rows]
     head: Any = base[:rows]
     if lora is not None:
-        b: Any = _local_rows(f"{name}.b", lora.b, process_group)[0] if _is_dtensor(lora.b) else lora.b
+        b: Any = _local_rows(f"{name}.b", lora.b, process_group)[0] if is_dtensor(lora.b) else lora.b
         a: Any = lora.a
-        if _is_dtensor(a):
+        if is_dtensor(a):
             if not all(placement.is_replicate() for placement in a.placements):
                 raise ValueError(f"`{name}.a` must be whole on every rank, got a DTensor with {a.placements}")
             a = a.to_local()
@@ -249,7 +249,8 @@ class _AllRows(torch.autograd.Function):
         return dwhole[ctx.shard.start : ctx.shard.start + ctx.shard.rows], None
 
 
-def _is_dtensor(value: Any) -> bool:
+def is_dtensor(value: Any) -> bool:
+    """Whether it is a tensor of torch.distributed.tensor."""
     module = sys.modules.get("torch.distributed.tensor")  # an import of seconds, without which there is no DTensor
     return module is not None and isinstance(value, module.DTensor)
 

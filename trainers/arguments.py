@@ -94,6 +94,23 @@ class DataArguments:
         return getattr(importlib.import_module(module), function)
 
 
+def texts_of(option: str, path: str | None) -> list[str] | None:
+    """The lines of a file that an option names, None without one.
+
+    Raises:
+        OSError, ValueError: there is none, or it holds no text.
+    """
+    if path is None:
+        return None
+    try:
+        texts = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as reason:
+        raise ValueError(f"`{option}` '{path}' must be text in UTF-8: {reason}") from reason
+    if not any(text.strip() for text in texts):
+        raise ValueError(f"`{option}` '{path}' must hold texts, one a line; it is empty")
+    return texts
+
+
 def as_chat(row: dict[str, Any]) -> dict[str, Any]:
     """For `Dataset.map`: a plain prompt as the user's message of a chat."""
     prompt = row["prompt"]

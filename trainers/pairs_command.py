@@ -12,7 +12,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dppo_kernels.trainers.arguments import MATH_REWARD, NO_REWARD, ArgumentParser, DataArguments, as_chat, split_config
+from dppo_kernels.trainers.arguments import (
+    MATH_REWARD,
+    NO_REWARD,
+    ArgumentParser,
+    DataArguments,
+    as_chat,
+    split_config,
+    texts_of,
+)
 from dppo_kernels.trainers.pairs import make_pairs
 from dppo_kernels.trainers.pairs_config import PairsConfig
 from dppo_kernels.trainers.pairs_scoring import RewardSum
@@ -43,15 +51,7 @@ class PairsArguments(DataArguments):
 
     def budget_texts(self) -> list[str] | None:
         """The lines of `budget_file`."""
-        if self.budget_file is None:
-            return None
-        try:
-            texts = Path(self.budget_file).read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as reason:
-            raise ValueError(f"`budget_file` '{self.budget_file}' must be text in UTF-8: {reason}") from reason
-        if not any(text.strip() for text in texts):
-            raise ValueError(f"`budget_file` '{self.budget_file}' must hold texts, one a line; it is empty")
-        return texts
+        return texts_of("budget_file", self.budget_file)
 
     def prompts_for(self, config: PairsConfig) -> Dataset:
         """The prompts with all columns that rewards, chat templates and pairs take."""

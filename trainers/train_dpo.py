@@ -20,12 +20,14 @@ from dppo_kernels.trainers.arguments import (
     DataArguments,
     as_chat,
     shipped_configs,
+    texts_of,
 )
 from dppo_kernels.trainers.data import load_preferences, split_problems
 from dppo_kernels.trainers.demo.offline import OFFLINE_MODEL, WARMUP_STEPS
 from dppo_kernels.trainers.dpo import DPOConfig, DPOTrainer
 from dppo_kernels.trainers.pairs import make_pairs
 from dppo_kernels.trainers.pairs_config import PairsConfig
+from dppo_kernels.trainers.pairs_text import TEMPLATE_COLUMNS
 from dppo_kernels.trainers.train import init_arguments, offline_model, parse_with_config, resume_from, say_results
 
 MEASURED_SAMPLES = 4  # of each prompt that is held out
@@ -93,7 +95,7 @@ class DPOTrainArguments(DataArguments):
 
     def budget_texts(self) -> list[str] | None:
         """The lines of `pair_budget_file`."""
-        return None if self.pair_budget_file is None else Path(self.pair_budget_file).read_text().splitlines()
+        return texts_of("pair_budget_file", self.pair_budget_file)
 
 
 def parse(arguments: Sequence[str]) -> tuple[DPOTrainArguments, DPOConfig, ModelConfig]:
@@ -186,7 +188,7 @@ def _pairs_of_prompts(
 ) -> tuple[str, Dataset, Callable[[DPOTrainer], float] | None]:
     """(path of the model, pairs, mean reward of a trainer's policy on prompts that were held out)."""
     rewards, budget_texts = data.rewards(), data.budget_texts()
-    prompts, held_out = data.prompts(with_answers=not data.without_answers), None
+    prompts, held_out = data.prompts(not data.without_answers, optional_columns=TEMPLATE_COLUMNS), None
     if data.eval_size:
         prompts, held_out = split_problems(prompts, data.eval_size, seed=config.seed)
     file = Path(config.output_dir) / "pairs.parquet"
@@ -207,7 +209,8 @@ def _pairs_of_prompts(
     print(statistics.summary())
     if not statistics.pairs:
         raise ValueError(f"`dataset_name` {data.dataset_name!r} gave no pair: see the statistics beside {file}")
-    pairs = pairs.select_columns(["prompt", "chosen", "rejected"])
+    read = ("prompt", "chosen", "rejected", *TEMPLATE_COLUMNS)  # by TRL's trainer
+    pairs = pairs.select_columns([name for name in read if name in pairs.column_names])
     if held_out is None:
         return model, pairs, None
     # All of them count: a policy that does not come to an end is not better for it.

@@ -1,11 +1,10 @@
 """Public `linear_distill_loss` and its custom op ``dppo_kernels::linear_distill_loss``."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from dppo_kernels import _backend, _checks
 from dppo_kernels._handover import register_hand_over
@@ -29,6 +28,9 @@ from dppo_kernels.distill.reference import RowDivergence, linear_divergence_ref
 from dppo_kernels.distill.task import Result, Task, pick_chunk_rows
 from dppo_kernels.linear_logprobs.op import check_head, pair
 from dppo_kernels.linear_logprobs.projection import Needs, Projection
+
+if TYPE_CHECKING:  # not in builds of torch without it
+    from torch.distributed import ProcessGroup
 
 # What temporaries of a row take beside the logits of both models, in bytes a logit: the student's gradient in 16 bits, which
 # kernels write for their GEMMs. The torch path writes it over the student's logits.
@@ -56,7 +58,7 @@ def linear_distill_loss(
     with_entropy: bool = False,
     with_agreement: bool = False,
     return_aux: bool = False,
-    process_group: ProcessGroup | None = None,
+    process_group: "ProcessGroup | None" = None,
     vocab_start: int | None = None,
     vocab_size: int | None = None,
     workspace_bytes: int | None = None,

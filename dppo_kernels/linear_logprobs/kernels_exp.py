@@ -227,7 +227,7 @@ class Projecting:
         if self.launcher.x.shard is not None:
             names = ("rest", "dot") if self.launcher.with_dot else ("rest",)
             parts = [getattr(self.sums, name)[: self.size] for name in names]
-            for part, whole in zip(parts, summed(self.launcher.x.shard, *(part.clone() for part in parts)), strict=True):
+            for part, whole in zip(parts, summed(self.launcher.x.shard, *parts), strict=True):
                 part.copy_(whole)
         return self.sums
 

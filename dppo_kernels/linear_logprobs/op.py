@@ -1,23 +1,25 @@
 """Public `linear_logprobs` and its custom ops ``dppo_kernels::linear_logprobs{,_backward,_unit_backward}``."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from dppo_kernels import _backend, _checks
 from dppo_kernels._lora import LoraWeight, split_head
 from dppo_kernels._numerics import autocast_dtype, compute_dtype_of, split_temperature, stat_dtype
 from dppo_kernels._row_stats import OUTPUTS, Upstream
-from dppo_kernels._shard import VocabShard, check_ranks, encode, local_ids, nominal_vocab, take_shard, whole_head
+from dppo_kernels._shard import VocabShard, check_ranks, encode, is_dtensor, local_ids, nominal_vocab, take_shard, whole_head
 from dppo_kernels._tiling import DEFAULT_WORKSPACE_BYTES, TARGET_ROWS, kind_of
 from dppo_kernels.linear_logprobs import groups_torch, torch_impl, unit_gradient
 from dppo_kernels.linear_logprobs.design import Design, choose_design
 from dppo_kernels.linear_logprobs.groups import GroupResult, GroupTask, two_pass
 from dppo_kernels.linear_logprobs.projection import Gradients, Needs, Projection
 from dppo_kernels.linear_logprobs.reference import linear_logprobs_ref
+
+if TYPE_CHECKING:  # not in builds of torch without it
+    from torch.distributed import ProcessGroup
 
 
 class LinearLogprobs(NamedTuple):
@@ -44,7 +46,7 @@ def linear_logprobs(
     softcap: float | None = None,
     ignore_index: int = -100,
     outputs: Sequence[str] = ("logprobs",),
-    process_group: ProcessGroup | None = None,
+    process_group: "ProcessGroup | None" = None,
     vocab_start: int | None = None,
     vocab_size: int | None = None,
     workspace_bytes: int | None = None,
@@ -536,6 +538,8 @@ def check_head(
     name, shape = lead
     hidden_name, weight_name, bias_name = (f"{prefix}{part}" for part in ("hidden", "weight", "bias"))
     _checks.check_floating(hidden_name, hidden)
+    if is_dtensor(hidden):
+        raise ValueError(f"`{hidden_name}` must be a plain tensor, the same on all ranks: pass full_tensor() of the DTensor")
     lora, weight = (weight, weight.base) if isinstance(weight, LoraWeight) else (None, weight)
     _checks.check_floating(weight_name, weight)
     if weight.dim() != 2:

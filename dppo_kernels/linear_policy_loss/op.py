@@ -4,17 +4,16 @@ import functools
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from dppo_kernels import _backend, _checks
 from dppo_kernels._handover import register_hand_over
 from dppo_kernels._lora import LoraWeight, split_head
 from dppo_kernels._numerics import compute_dtype_of, split_temperature, stat_dtype
-from dppo_kernels._packing import check_offsets
+from dppo_kernels._packing import read_offsets
 from dppo_kernels._shard import VocabShard, arguments, check_ranks, encode, local_ids, take_shard
 from dppo_kernels._tiling import DEFAULT_WORKSPACE_BYTES, kind_of
 from dppo_kernels.aggregate import reduction_weights
@@ -27,6 +26,9 @@ from dppo_kernels.linear_policy_loss.rows import PolicyRows, stat_names
 from dppo_kernels.linear_policy_loss.task import Task, Totals, coefficients
 from dppo_kernels.policy import Stat, check_policy_arguments, partial_sums, per_token
 from dppo_kernels.policy_spec import PolicyLossSpec
+
+if TYPE_CHECKING:  # not in builds of torch without it
+    from torch.distributed import ProcessGroup
 
 
 def linear_policy_loss(
@@ -54,7 +56,7 @@ def linear_policy_loss(
     with_entropy: bool = False,
     score_inactive: bool = False,
     return_aux: bool = False,
-    process_group: ProcessGroup | None = None,
+    process_group: "ProcessGroup | None" = None,
     vocab_start: int | None = None,
     vocab_size: int | None = None,
     workspace_bytes: int | None = None,
@@ -363,15 +365,17 @@ def _op(
         known_temperature = None if row_temperature is None else torch.where(mask, row_temperature, 1.0)
         check_ranks(shard, mask.shape[0], hidden.device)
         if cu_seqlens is not None:
-            check_offsets(cu_seqlens, mask.shape[0])
+            read_offsets(cu_seqlens, mask.shape[0])
         _checks.check_values(known, known_topk, known_temperature, projection.vocab, IGNORED, gather_name="rollout_topk_ids")
     spec = _decode(spec_names, spec_numbers)
     # Behind the mask may stand anything: it must not become a column of another rank's.
     ids, topk_ids, _ = local_ids(shard, torch.where(mask, ids, IGNORED), topk_ids, IGNORED)
     bounds: Sequence[int] | None = None
     if spec.ratio_level == "sequence":
-        bounds = range(0, mask.shape[0] + 1, sequence_length) if cu_seqlens is None else cu_seqlens.tolist()
-        sequence_length = max((b - a for a, b in pairwise(bounds)), default=1)
+        bounds = range(0, mask.shape[0] + 1, sequence_length)
+        if cu_seqlens is not None:  # the one read that waits for a device
+            bounds = read_offsets(cu_seqlens, mask.shape[0])
+            sequence_length = max((b - a for a, b in pairwise(bounds)), default=1)
     sizes = (mask.shape[0], sequence_length, weight.shape[0])
     design = _design(spec, *sizes, compute_dtype, hidden.device, any(needs), workspace_bytes, backend, shard)
     rows = PolicyRows(

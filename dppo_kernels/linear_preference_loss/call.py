@@ -1,11 +1,10 @@
 """Checked arguments of a call, as rows in working order."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from dppo_kernels import _backend, _checks
 from dppo_kernels._lora import LoraWeight, split_head, vocabulary
@@ -17,6 +16,9 @@ from dppo_kernels.linear_preference_loss.task import Task
 from dppo_kernels.preference import sequence_lengths, token_weights
 from dppo_kernels.preference_spec import PreferenceSpec
 
+if TYPE_CHECKING:  # not in builds of torch without it
+    from torch.distributed import ProcessGroup
+
 
 class Head(NamedTuple):
     """What turns projections into logits, and which ranks hold it."""
@@ -25,7 +27,7 @@ class Head(NamedTuple):
     temperature: float | Tensor
     logit_scale: float
     softcap: float | None
-    process_group: ProcessGroup | None
+    process_group: "ProcessGroup | None"
     vocab_start: int | None
     vocab_size: int | None
 
@@ -100,7 +102,7 @@ class Call:
         ref_hidden: Tensor | None,
         ref_weight: Tensor | LoraWeight | None,
         ref_bias: Tensor | None,
-        place: tuple[ProcessGroup | None, int | None, int | None],
+        place: "tuple[ProcessGroup | None, int | None, int | None]",
     ) -> Model | None:
         """The reference model, if its hidden states are given."""
         hidden, layout = self.policy.hidden, self.layout

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from dppo_kernels import _backend, _checks
 from dppo_kernels._handover import register_hand_over
@@ -25,6 +24,9 @@ from dppo_kernels.linear_preference_loss.task import Task
 from dppo_kernels.policy import Stat, partial_sums
 from dppo_kernels.preference import number, pair_stats
 from dppo_kernels.preference_spec import PreferenceSpec
+
+if TYPE_CHECKING:  # not in builds of torch without it
+    from torch.distributed import ProcessGroup
 
 # What may be asked for per token besides log-probs.
 TOKEN_OUTPUTS = ("entropy", "is_top1", "mean_logits")
@@ -71,7 +73,7 @@ def linear_preference_loss(
     softcap: float | None = None,
     outputs: Sequence[str] = (),
     return_aux: bool = False,
-    process_group: ProcessGroup | None = None,
+    process_group: "ProcessGroup | None" = None,
     vocab_start: int | None = None,
     vocab_size: int | None = None,
     workspace_bytes: int | None = None,
@@ -169,7 +171,7 @@ def linear_sequence_logprobs(
     temperature: float | Tensor = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    process_group: ProcessGroup | None = None,
+    process_group: "ProcessGroup | None" = None,
     vocab_start: int | None = None,
     vocab_size: int | None = None,
     workspace_bytes: int | None = None,

@@ -171,6 +171,18 @@ def test_the_reference_takes_shards(gang: Gang) -> None:
     gang.run(_reference)
 
 
+def _hidden_as_dtensor() -> None:
+    hidden, weight, _, ids = inputs()
+    rows, options = place()
+    shared = distribute_tensor(hidden, init_device_mesh("cpu", (dist.get_world_size(),)), [Replicate()])
+    with pytest.raises(ValueError, match="`hidden` must be a plain tensor, the same on all ranks"):
+        linear_logprobs(shared, weight[rows], ids, **options)
+
+
+def test_hidden_states_are_plain(gangs: dict[int, Gang]) -> None:
+    gangs[2].run(_hidden_as_dtensor)
+
+
 def _ids_out_of_range() -> str:
     hidden, weight, _, ids = inputs()
     rows, options = place()

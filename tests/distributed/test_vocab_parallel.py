@@ -8,6 +8,7 @@ import torch.distributed as dist
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from benchmarks.plan import PARTIALS
 from dppo_kernels import PRESETS, _tiling, linear_distill_loss, linear_logprobs, linear_policy_loss, linear_preference_loss
 from tests.distill.cases import DistillCase, distill_cases
 from tests.distributed.gang import Gang
@@ -168,14 +169,14 @@ N_ROWS, WIDTH = 48, 16
     [
         ("torch", "trained", None, 2 + K, 1),
         ("torch", "frozen", 1 << 20, 2 + K, 0),
-        ("torch", "policy", 1 << 20, 2, 0),
-        ("torch", "policy", 0, 2, 1),
-        ("torch", "preference", 1 << 20, 2, 0),
+        ("torch", "policy", 1 << 20, PARTIALS, 0),
+        ("torch", "policy", 0, PARTIALS, 1),
+        ("torch", "preference", 1 << 20, PARTIALS, 0),
         ("torch", "distill", 1 << 20, 4, 2),
         ("triton", "trained", None, 2 + K, 1),
         ("triton", "frozen", 1 << 20, 2 + K, 1),
-        ("triton", "policy", 1 << 20, 2, 1),
-        ("triton", "preference", 1 << 20, 2, 1),
+        ("triton", "policy", 1 << 20, PARTIALS, 1),
+        ("triton", "preference", 1 << 20, PARTIALS, 1),
         ("triton", "distill", 1 << 20, 4, 2),
     ],
 )

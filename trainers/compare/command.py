@@ -17,7 +17,7 @@ from dppo_kernels.trainers.arguments import ArgumentParser, shipped_configs, wit
 from dppo_kernels.trainers.compare import report
 from dppo_kernels.trainers.compare.conclusion import Finding, in_words
 from dppo_kernels.trainers.compare.config import METHODS, WARM_START, CompareConfig
-from dppo_kernels.trainers.compare.run import run_seeds
+from dppo_kernels.trainers.compare.run import WarmStartError, run_seeds, versions
 from dppo_kernels.trainers.compare.task import read_split
 
 SHOWN = ("reward", "judge_reward", "validity", "kl", "utility", "correlation_error")
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
         parser.error(str(reason))
     try:
         return run_compare(config, command=shlex.join(["dppo", "compare", *arguments]))
-    except ValueError as reason:  # what only a run finds out, such as a warm start that writes no rows
+    except WarmStartError as reason:
         return parser.error(str(reason))
 
 
@@ -63,9 +63,9 @@ def run_compare(config: CompareConfig, command: str = "run_compare(config)") -> 
         "command": command,
         "config": asdict(config),
         "learning_rates": {method: config.rate(method) for method in METHODS},
-        "commit": seeds[0]["versions"]["commit"],
+        "commit": ", ".join(dict.fromkeys(seed["commit"] or "unknown" for seed in seeds)),
         "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "versions": {name: value for name, value in seeds[0]["versions"].items() if name != "commit"},
+        "versions": versions(),
         "seconds": sum(seed["seconds"] for seed in seeds),
         "seeds": seeds,
     }

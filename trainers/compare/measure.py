@@ -9,7 +9,7 @@ import pandas as pd
 from dppo_kernels.trainers.compare.config import LEVELS, CompareConfig
 from dppo_kernels.trainers.compare.task import Samples, Task, Weights
 from dppo_kernels.trainers.rewards.tabular import hierarchical_reward
-from dppo_kernels.trainers.tabular import Discriminators, TrainingOptions, evaluate, serialise_rows
+from dppo_kernels.trainers.tabular import Discriminators, Evaluator, TrainingOptions, serialise_rows
 
 TOKEN_EPOCHS = 4  # of the others' for one of the token level, which is the slow one
 
@@ -44,8 +44,9 @@ def fit_judge(task: Task, config: CompareConfig, samples: Sequence[Samples]) -> 
 
 
 def halves(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Every other row, which are in random order."""
-    return rows.iloc[::2], rows.iloc[1::2]
+    """Every other different row, which are in random order, with all that are the same."""
+    odd = rows.groupby(list(rows.columns), sort=False).ngroup() % 2 == 1
+    return rows[~odd], rows[odd]
 
 
 def rewards(discriminators: Discriminators, samples: Samples) -> dict[str, float | None]:
@@ -75,7 +76,13 @@ def real_rows(task: Task, discriminators: Discriminators, judge: Discriminators)
 
 
 def measure(
-    task: Task, samples: Samples, weights: Weights, start: Weights, discriminators: Discriminators, judge: Discriminators
+    task: Task,
+    samples: Samples,
+    weights: Weights,
+    start: Weights,
+    discriminators: Discriminators,
+    judge: Discriminators,
+    evaluator: Evaluator,
 ) -> dict[str, Any]:
     """Everything, of fresh samples of the policy of these weights; None for what cannot be taken, and why in "reasons"."""
     kl = task.kl(samples, weights, start)
@@ -86,5 +93,5 @@ def measure(
         "kl": float(kl.mean()),
         "kl_error": float(kl.std(ddof=1) / np.sqrt(len(kl))),
         "tokens": float(np.mean(lengths)),
-        **evaluate(task.schema, samples.texts, task.split.train, task.split.evaluation, seed=task.seed).as_dict(),
+        **evaluator.measure(samples.texts).as_dict(),
     }

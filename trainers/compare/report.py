@@ -113,7 +113,7 @@ def render(results: dict[str, Any], figure: str = "report.png") -> str:
 def _introduction(results: dict[str, Any]) -> str:
     config, count = results["config"], len(results["seeds"])
     return (
-        f"`{results['command']}` (commit {results['commit'] or 'unknown'}), {results['device']}, "
+        f"`{results['command']}` (commit {results['commit']}), {results['device']}, "
         f"{results['seconds'] / 60:.1f} minutes.\n\n"
         f"Data: {config['data']}. {count} seed{'s' if count > 1 else ''}, {config['rounds']} rounds, {config['total_steps']} "
         f"optimiser steps of each method on {config['batch_size']} completions each. In every seed both methods start from the "
@@ -157,8 +157,14 @@ def _costs(results: dict[str, Any]) -> str:
     ):
         found = [[seed["methods"][method][name] for seed in results["seeds"]] for method in METHODS]
         rows.append([title, *(mean_and_spread(values) for values in found)])
+    wanted = results["config"]["total_steps"]
+    short = [
+        f"{method} made {mean_and_spread(steps)} of {wanted} optimiser steps, as no pair was found in some rounds."
+        for method in METHODS
+        if min(steps := [seed["methods"][method]["steps"] for seed in results["seeds"]]) < wanted
+    ]
     rows.append(["learning rate", *(f"{rate:g}" for rate in results["learning_rates"].values())])
-    return _table(("", *METHODS), rows)
+    return "\n\n".join([_table(("", *METHODS), rows), *short])
 
 
 def _logged(results: dict[str, Any], method: str) -> str:

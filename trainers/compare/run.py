@@ -11,12 +11,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import dppo_kernels
 from dppo_kernels.trainers.compare.config import WARM_START, CompareConfig
 from dppo_kernels.trainers.compare.measure import fit_judge, fit_training, judged, measure, real_rows, rewards
 from dppo_kernels.trainers.compare.methods import RUNS, quiet
 from dppo_kernels.trainers.compare.task import Samples, Task
 from dppo_kernels.trainers.rewards.tabular import HierarchicalReward
-from dppo_kernels.trainers.tabular import validity
+from dppo_kernels.trainers.tabular import Evaluator, validity
 
 # Places of sampling beyond every round: for the final measures, and for what discriminators learn from.
 FINAL, LEARNED = 1_000_000, 2_000_000
@@ -60,16 +61,24 @@ def fingerprint(config: CompareConfig) -> dict[str, Any]:
     return {**options, "content": content, "versions": versions()}
 
 
-def versions() -> dict[str, str | None]:
-    """Of all that a seed's results depend on; the commit is that of the checkout that this runs from, if it is one."""
-    return {"commit": _commit(), "python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+def versions() -> dict[str, str]:
+    """Of all that a seed's results depend on: this package's by a hash of its sources, whatever they are called."""
+    code = hashlib.sha256()
+    folders = {Path(dppo_kernels.__file__).parent, Path(__file__).parents[1]}  # in a checkout the trainers lie elsewhere
+    for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
+        code.update(path.read_bytes())
+    packages = {name: version(name) for name in PACKAGES}
+    return {"sources": code.hexdigest()[:12], "python": platform.python_version(), **packages}
 
 
-def _commit() -> str | None:
-    here = Path(__file__).resolve().parent
+def commit() -> str | None:
+    """Of the checkout that this runs from, if it is one."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():  # an environment inside another project's repository
+        return None
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        found = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
+        found = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return found.stdout.strip()
@@ -130,9 +139,11 @@ def run_seed(config: CompareConfig, seed: int, note: Note = lambda text: None) -
         for point, found in zip(points, drawn[name][1:], strict=True):
             point |= judged(judge, found)
 
+    evaluator = Evaluator(task.schema, task.split.train, task.split.evaluation, seed=seed)
+
     def measured(weights: Any) -> dict[str, Any]:
         fresh = task.sample(weights, config.eval_samples, FINAL)
-        return measure(task, fresh, weights, start, discriminators, judge)
+        return measure(task, fresh, weights, start, discriminators, judge, evaluator)
 
     return {
         "seed": seed,
@@ -152,7 +163,7 @@ def run_seed(config: CompareConfig, seed: int, note: Note = lambda text: None) -
         "discriminators": reports,
         "judge": judge.report(),
         "real": real_rows(task, discriminators, judge),
-        "versions": versions(),
+        "commit": commit(),
         "seconds": time.perf_counter() - started,
     }
 

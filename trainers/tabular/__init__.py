@@ -9,7 +9,7 @@ except ImportError as error:
     raise ImportError("dppo_kernels.trainers.tabular needs scikit-learn: pip install 'dppo-kernels[tabular]'") from error
 
 from dppo_kernels.trainers.tabular.discriminators import Discriminators, Scores
-from dppo_kernels.trainers.tabular.evaluation import Evaluation, evaluate
+from dppo_kernels.trainers.tabular.evaluation import Evaluation, Evaluator, evaluate
 from dppo_kernels.trainers.tabular.negatives import CORRUPTIONS, Negatives, corruptions_for
 from dppo_kernels.trainers.tabular.schema import Number, Schema
 from dppo_kernels.trainers.tabular.table import Split, Table, load_table, split_table
@@ -33,6 +33,7 @@ __all__ = [
     "Clause",
     "Discriminators",
     "Evaluation",
+    "Evaluator",
     "Fault",
     "Negatives",
     "Number",

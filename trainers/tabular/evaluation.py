@@ -19,8 +19,13 @@ from dppo_kernels.trainers.tabular.text import to_frame
 BINS = 10
 CLOSE = 5  # per cent of real held-out rows that are as near to a training row
 LEAST_ROWS = 10  # synthetic rows from which anything is estimated
-PERMUTATIONS = 5
+PERMUTATIONS = 20
 MOST_PAIRED = 1000  # rows whose pairwise distances are taken
+# Of synthetic rows, in the order of their fields.
+MEASURES = (
+    *("utility", "marginal_tv", "correlation_error", "dcr"),
+    *("too_close_share", "copied_share", "distinct_share", "spread"),
+)
 CLASSIFIERS: dict[str, Callable[[int], Any]] = {
     "logistic": lambda seed: LogisticRegression(max_iter=2000, random_state=seed),
     "boosting": lambda seed: HistGradientBoostingClassifier(max_iter=100, random_state=seed),
@@ -70,6 +75,85 @@ class Evaluation:
         return asdict(self)
 
 
+class Evaluator:
+    """Compares synthetic rows with the real ones they imitate (`train`) and with ones that nothing has seen (`evaluation`).
+
+    Args:
+        schema: of the table.
+        train, evaluation: disjoint real rows.
+        classifier: "logistic" (on standardised numbers, with indicators of special codes) or "boosting" (histogram gradient
+            boosting); both predict the target from the other columns.
+        seed: of classifier, permutation and the rows whose pairwise distances are taken.
+
+    Raises:
+        ValueError: an unknown classifier, or real rows that lack columns, classes, or are fewer than 10.
+    """
+
+    def __init__(
+        self, schema: Schema, train: pd.DataFrame, evaluation: pd.DataFrame, *, classifier: str = "logistic", seed: int = 0
+    ) -> None:
+        if classifier not in CLASSIFIERS:
+            raise ValueError(f"`classifier` must be one of {list(CLASSIFIERS)}, got {classifier!r}")
+        for name, frame in (("train", train), ("evaluation", evaluation)):
+            missing = [column for column in schema.columns if column not in frame]
+            if missing or len(frame) < LEAST_ROWS or frame[schema.target].nunique() < 2:
+                raise ValueError(
+                    f"`{name}` must have {LEAST_ROWS} rows of all columns and two classes, got {len(frame)} without {missing}"
+                )
+        self.schema, self.train, self.evaluation, self.classifier, self.seed = schema, train, evaluation, classifier, seed
+        self._space = _Space(schema, train)
+        distances = self._space.to_closest(evaluation)
+        self._close = float(np.percentile(distances, CLOSE))
+        rng = np.random.default_rng(seed)
+        self._spread = self._space.spread(train, rng)
+        # One permutation is noise where the target is what moves: their mean is the floor.
+        floors = [self._utility(permute_columns(schema, train, rng).frame) for _ in range(PERMUTATIONS)]
+        known = [auc for auc in floors if auc is not None]
+        self._real: dict[str, Any] = {
+            "utility_real": self._utility(train),
+            "utility_marginals": float(np.mean(known)) if known else None,
+            "marginal_tv_real": marginal_tv(schema, evaluation, train),
+            "correlation_error_real": correlation_error(schema, evaluation, train),
+            "dcr_real": float(np.median(distances)),
+            "too_close_share_real": float((distances <= self._close).mean()),
+            "copied_share_real": _copied(schema, evaluation, train),
+        }
+
+    def measure(self, synthetic: Sequence[str] | pd.DataFrame) -> Evaluation:
+        """Of whole texts, of which the invalid ones are counted and left out, or of rows."""
+        schema, train = self.schema, self.train
+        if isinstance(synthetic, pd.DataFrame):
+            rows, invalid = synthetic[list(schema.columns)], 0.0 if len(synthetic) else None
+        else:
+            rows, valid = to_frame(schema, synthetic)
+            invalid = float(1 - valid.mean()) if len(valid) else None
+        reasons: dict[str, str] = {}
+        if len(rows) < LEAST_ROWS:
+            found: dict[str, float | None] = dict.fromkeys(MEASURES)
+            reasons = dict.fromkeys(MEASURES, f"{len(rows)} synthetic rows, fewer than {LEAST_ROWS}")
+        else:
+            distances = self._space.to_closest(rows)
+            found = {
+                "utility": self._utility(rows),
+                "marginal_tv": marginal_tv(schema, rows, train),
+                "correlation_error": correlation_error(schema, rows, train),
+                "dcr": float(np.median(distances)),
+                "too_close_share": float((distances <= self._close).mean()),
+                "copied_share": _copied(schema, rows, train),
+                "distinct_share": 1 - float(rows.duplicated().mean()),
+                "spread": self._space.spread(rows, np.random.default_rng(self.seed)) / self._spread,
+            }
+            if found["utility"] is None:
+                reasons["utility"] = f"synthetic rows of one class: {rows[schema.target].iloc[0]!r}"
+        if self._real["utility_marginals"] is None:
+            reasons["utility_marginals"] = "permuted rows of one class"
+        values: dict[str, Any] = {**self._real, **found}
+        return Evaluation(rows=len(rows), invalid_share=invalid, reasons=reasons, **values)
+
+    def _utility(self, rows: pd.DataFrame) -> float | None:
+        return utility(self.schema, rows, self.evaluation, self.classifier, self.seed)
+
+
 def evaluate(
     schema: Schema,
     synthetic: Sequence[str] | pd.DataFrame,
@@ -79,68 +163,8 @@ def evaluate(
     classifier: str = "logistic",
     seed: int = 0,
 ) -> Evaluation:
-    """Compare synthetic rows with the real ones they imitate (`train`) and with real ones that nothing has seen (`evaluation`).
-
-    Args:
-        schema: of the table.
-        synthetic: whole texts, of which the invalid ones are counted and left out, or rows.
-        train, evaluation: disjoint real rows.
-        classifier: "logistic" (on standardised numbers, with indicators of special codes) or "boosting" (histogram gradient
-            boosting); both predict the target from the other columns.
-        seed: of classifier, permutation and the rows whose pairwise distances are taken.
-
-    Raises:
-        ValueError: an unknown classifier, or real rows that lack columns, classes, or are fewer than 10.
-    """
-    if classifier not in CLASSIFIERS:
-        raise ValueError(f"`classifier` must be one of {list(CLASSIFIERS)}, got {classifier!r}")
-    for name, frame in (("train", train), ("evaluation", evaluation)):
-        missing = [column for column in schema.columns if column not in frame]
-        if missing or len(frame) < LEAST_ROWS or frame[schema.target].nunique() < 2:
-            raise ValueError(
-                f"`{name}` must have {LEAST_ROWS} rows of all columns and two classes, got {len(frame)} without {missing}"
-            )
-    if isinstance(synthetic, pd.DataFrame):
-        rows, invalid = synthetic[list(schema.columns)], 0.0 if len(synthetic) else None
-    else:
-        rows, valid = to_frame(schema, synthetic)
-        invalid = float(1 - valid.mean()) if len(valid) else None
-    rng = np.random.default_rng(seed)
-    space = _Space(schema, train)
-    real_distances = space.to_closest(evaluation)
-    close = np.percentile(real_distances, CLOSE)
-    # One permutation is noise where the target is what moves: their mean is the floor.
-    permuted = (permute_columns(schema, train, rng).frame for _ in range(PERMUTATIONS))
-    floors = [auc for frame in permuted if (auc := utility(schema, frame, evaluation, classifier, seed)) is not None]
-    result: dict[str, Any] = {
-        "utility_real": utility(schema, train, evaluation, classifier, seed),
-        "utility_marginals": float(np.mean(floors)) if floors else None,
-        "marginal_tv_real": marginal_tv(schema, evaluation, train),
-        "correlation_error_real": correlation_error(schema, evaluation, train),
-        "dcr_real": float(np.median(real_distances)),
-        "too_close_share_real": float((real_distances <= close).mean()),
-        "copied_share_real": _copied(schema, evaluation, train),
-    }
-    measures: dict[str, Callable[[], float | None]] = {
-        "utility": lambda: utility(schema, rows, evaluation, classifier, seed),
-        "marginal_tv": lambda: marginal_tv(schema, rows, train),
-        "correlation_error": lambda: correlation_error(schema, rows, train),
-        "dcr": lambda: float(np.median(space.to_closest(rows))),
-        "too_close_share": lambda: float((space.to_closest(rows) <= close).mean()),
-        "copied_share": lambda: _copied(schema, rows, train),
-        "distinct_share": lambda: 1 - float(rows.duplicated().mean()),
-        "spread": lambda: space.spread(rows, rng) / space.spread(train, rng),
-    }
-    reasons = {}
-    for name, measure in measures.items():
-        result[name] = None if len(rows) < LEAST_ROWS else measure()
-        if len(rows) < LEAST_ROWS:
-            reasons[name] = f"{len(rows)} synthetic rows, fewer than {LEAST_ROWS}"
-    if result["utility"] is None and "utility" not in reasons:
-        reasons["utility"] = f"synthetic rows of one class: {rows[schema.target].iloc[0]!r}"
-    if result["utility_marginals"] is None:
-        reasons["utility_marginals"] = "permuted rows of one class"
-    return Evaluation(rows=len(rows), invalid_share=invalid, reasons=reasons, **result)
+    """`Evaluator.measure` of one set of synthetic rows."""
+    return Evaluator(schema, train, evaluation, classifier=classifier, seed=seed).measure(synthetic)
 
 
 def utility(

@@ -33,8 +33,9 @@ class Number:
         return round(float(value), self.decimals) + 0.0  # no negative zero
 
     def write(self, value: float) -> str:
-        written = f"{self.round(value):.{self.decimals}f}"
-        return written.rstrip("0").rstrip(".") if self.decimals else written
+        # The shortest that is this number, not the digits that its binary fraction goes on with.
+        written = f"{Decimal(repr(self.round(value))):f}"
+        return written.rstrip("0").rstrip(".") if "." in written else written
 
     def read(self, text: str) -> float | None:
         """The number, or None where `text` is not how this column writes one: every number has one spelling."""

@@ -133,8 +133,8 @@ def load_table(
     heloc = {HELOC_TARGET, *sum(HELOC_GROUPS.values(), ())}
     if heloc < set(names) and special_values is None:
         raise ValueError(
-            f"{path.name} has the columns of HELOC and {sorted(set(names) - heloc)}: remove these, or name its codes in "
-            "`special_values`, which would be taken for numbers"
+            f"{path.name} has the columns of HELOC and {sorted(set(names) - heloc)}: remove these, with which its codes for "
+            "missing values would be taken for numbers"
         )
     if target in (None, HELOC_TARGET) and heloc == set(names):
         target = HELOC_TARGET
@@ -170,10 +170,17 @@ def _make_table(
     frame = frame[~empty].reset_index(drop=True)
     if frame.empty:
         raise ValueError(f"{name} must have rows with values, got {int(empty.sum())} rows of special values alone")
+    numbers = {column: Number.of(frame[column]) for column in features}
+    for column, number in numbers.items():
+        unreadable = frame[column][[number.read(number.write(value)) != value for value in frame[column]]]
+        if len(unreadable):
+            raise ValueError(
+                f"column {column!r} of {name} must hold numbers of at most 40 characters, got {float(unreadable.iloc[0])!r}"
+            )
     schema = Schema(
         target=target,
         categories=tuple(sorted(frame[target].unique())),
-        numbers={column: Number.of(frame[column]) for column in features},
+        numbers=numbers,
         groups={group: tuple(columns) for group, columns in groups.items()},
         special_values={float(code): reason for code, reason in special_values.items()},
     )

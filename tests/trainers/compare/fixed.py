@@ -94,6 +94,7 @@ def results(seeds: int = 3) -> dict[str, Any]:
                 "discriminators": [AUCS, AUCS],
                 "judge": {level: {"auc": 0.8125, "ece": 0.03125} for level in AUCS},
                 "real": dict.fromkeys(("reward", "reward_if_valid", "judge_reward", "judge_reward_if_valid"), 0.625),
+                "commit": "abc123",
                 "seconds": 60.0,
             }
         )

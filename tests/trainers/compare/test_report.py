@@ -93,6 +93,14 @@ def test_signs_of_reward_hacking_are_shown_by_method() -> None:
     assert "reward 0.333 [0.331, 0.334]; judge -0.251 [-0.254, -0.248]" in lines[0]  # over .6 valid rows
 
 
+def test_steps_that_were_not_made_are_said() -> None:
+    results = fixed.results()
+    said = "optimiser steps, as no pair was found in some rounds."
+    assert said not in report.render(results)
+    results["seeds"][1]["methods"]["DPO"]["steps"] = 13
+    assert f"DPO made 15 ± 1.7 of 16 {said}" in section(report.render(results), "What it took")
+
+
 def test_one_seed_has_a_report_without_intervals() -> None:
     text = report.render(fixed.results(seeds=1))
     assert "No difference is shown in" in text

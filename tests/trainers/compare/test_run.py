@@ -1,37 +1,35 @@
 """One real comparison on a small table: fair by construction, measured, reported, and not run again where it is done."""
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+import yaml
 
 from dppo_kernels.trainers import cli
+from dppo_kernels.trainers.arguments import CONFIGS
 from dppo_kernels.trainers.compare import CompareConfig, measure, methods, run, run_compare
 from dppo_kernels.trainers.compare.config import LEVELS, METHODS, WARM_START
 from dppo_kernels.trainers.compare.methods import DPORun, PPORun
 from dppo_kernels.trainers.compare.task import Samples, Task
 from dppo_kernels.trainers.pairs import make_pairs
+from dppo_kernels.trainers.pairs_generation import TransformersSampler
 from dppo_kernels.trainers.rewards.tabular import HierarchicalReward
-from dppo_kernels.trainers.tabular import Discriminators, load_table
+from dppo_kernels.trainers.tabular import Discriminators, Scores, load_table
 
-SETTINGS: dict[str, Any] = {
-    "target": "diagnosis",
-    "seeds": 1,
-    "rounds": 2,
-    "total_steps": 8,
-    "batch_size": 16,
-    "mini_batches": 2,
-    "eval_samples": 48,
-    "warmup_steps": 250,
-    "width": 32,
-    "discriminator_epochs": 4,
-    "learning_rate": 5e-4,
-}
+# What ships as `--config quick`, on a smaller table, which a smaller model must not yet know by heart: nothing would be left
+# to tell its rows by.
+QUICK = yaml.safe_load((CONFIGS / "compare" / "quick.yaml").read_text())
+SETTINGS: dict[str, Any] = {**QUICK, "target": "diagnosis", "width": 32, "warmup_steps": 250, "learning_rate": 5e-4}
 
 
 def write_small_table(path: Path) -> Path:
@@ -41,6 +39,13 @@ def write_small_table(path: Path) -> Path:
     small = frame.assign(**columns)[list(columns)]
     small.round({"radius": 0, "texture": 0}).astype({"radius": int, "texture": int}).to_csv(path, index=False)
     return path
+
+
+def digest(weights: dict[str, torch.Tensor]) -> str:
+    whole = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        whole.update(name.encode() + value.numpy().tobytes())
+    return whole.hexdigest()
 
 
 class Watched:
@@ -54,6 +59,8 @@ class Watched:
         self.fitted: list[tuple[list[set[int]], list[str]]] = []  # rows of train, tuning and held-out; generated texts
         self.updated: list[list[str]] = []
         self.evaluated: list[tuple[set[int], set[int]]] = []  # rows of train and evaluation
+        self.sampled: list[tuple[str, int, list[str]]] = []  # whose weights, the place, texts
+        self.scored: list[list[str]] = []  # texts whose rewards are reported
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +86,8 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[st
         watched.pair_tokens.append(found[1].generated_tokens)
         return found
 
-    fit, update, evaluate, trainer = Discriminators.fit, Discriminators.update, measure.evaluate, methods.DPOTrainer
+    fit, update, trainer = Discriminators.fit, Discriminators.update, methods.DPOTrainer
+    evaluator, sample, rewards = run.Evaluator, Task.sample, measure.rewards
 
     def fitting(self: Any, *parts: Any, generated: Any = (), seed: int) -> None:
         watched.fitted.append(([set(part.index) for part in parts], list(generated)))
@@ -89,15 +97,26 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[st
         watched.updated.append(list(generated))
         update(self, generated, seed)
 
-    def evaluating(schema: Any, texts: Any, train: Any, evaluation: Any, **options: Any) -> Any:
+    def evaluating(schema: Any, train: Any, evaluation: Any, **options: Any) -> Any:
         watched.evaluated.append((set(train.index), set(evaluation.index)))
-        return evaluate(schema, texts, train, evaluation, **options)
+        return evaluator(schema, train, evaluation, **options)
+
+    def sampling(self: Any, weights: Any, count: int, seed: int) -> Any:
+        found = sample(self, weights, count, seed)
+        watched.sampled.append((digest(weights), seed, found.texts))
+        return found
+
+    def scoring(discriminators: Any, samples: Samples) -> Any:
+        watched.scored.append(samples.texts)
+        return rewards(discriminators, samples)
 
     def training(model: Any, reference: Any, *args: Any, **kwargs: Any) -> Any:
         watched.references.append({name: value.clone() for name, value in reference.state_dict().items()})
         return trainer(model, reference, *args, **kwargs)
 
-    config = CompareConfig(data=str(write_small_table(folder / "small.csv")), output_dir=str(folder / "out"), **SETTINGS)
+    config = CompareConfig(
+        **{**SETTINGS, "data": str(write_small_table(folder / "small.csv")), "output_dir": str(folder / "out")}
+    )
     with pytest.MonkeyPatch.context() as patch:
         for cls in (DPORun, PPORun):
             patch.setattr(cls, "_round", watch(cls))
@@ -105,7 +124,10 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[st
         patch.setattr(methods, "DPOTrainer", training)
         patch.setattr(Discriminators, "fit", fitting)
         patch.setattr(Discriminators, "update", updating)
-        patch.setattr(measure, "evaluate", evaluating)
+        patch.setattr(run, "Evaluator", evaluating)
+        patch.setattr(Task, "sample", sampling)
+        for module in (run, measure):
+            patch.setattr(module, "rewards", scoring)
         yield run_compare(config, command="dppo compare"), config, watched
 
 
@@ -136,7 +158,7 @@ def test_it_is_measured_and_reported(compared: tuple) -> None:
         assert measures["kl"] != 0
         for name in ("reward", "judge_reward", "validity", *LEVELS, *(f"judge_{level}" for level in LEVELS)):
             assert 0 < measures[name] <= 1
-        assert abs(measures["reward"] - start["reward"]) > 1e-4
+        assert measures["reward"] != start["reward"]
         # Real rows that no policy has seen are more real, to the discriminators and to the judge.
         assert seed["real"]["reward"] > max(measures["reward"], start["reward"])
         assert seed["real"]["judge_reward"] > max(measures["judge_reward"], start["judge_reward"])
@@ -191,27 +213,30 @@ def test_real_rows_have_one_use(compared: tuple) -> None:
         assert evaluation == set(split.evaluation.index)
         assert not evaluation & set().union(*first, *judge)
     assert not judge[0] & set().union(*first)
-    assert len(watched.evaluated) == 3  # the warm start and both methods
+    assert len(watched.evaluated) == 1  # what real rows measure is measured once
     assert len(warm) == config.eval_samples
     assert shown[: len(warm)] == warm
     assert len(shown) == 3 * config.eval_samples
 
 
-def test_discriminators_learn_from_both_and_from_no_text_that_is_measured(compared: tuple) -> None:
+def test_discriminators_learn_from_both_and_from_no_sample_that_is_measured(compared: tuple) -> None:
+    """Of each text that one learns from, or that is measured: whose it is, and what it was sampled for."""
     _, config, watched = compared
-    [texts] = watched.updated
-    assert len(texts) == 2 * config.eval_samples
-    both = [set(texts[: config.eval_samples]), set(texts[config.eval_samples :])]
-    assert both[0] != both[1]
-    learned = set(texts).union(*(generated for _, generated in watched.fitted))
-    task = Task.build(config, 0)
-    start = {name: value.clone() for name, value in watched.starts[0].items()}
-    measured = [task.sample(start, config.eval_samples, place).texts for place in (0, run.FINAL)]
-    again = task.sample(start, config.eval_samples, run.LEARNED).texts
-    assert again == watched.fitted[0][1]
-    # Texts are short here: some are written twice by chance.
-    for found in measured:
-        assert len(learned & set(found)) < len(set(found)) / 2
+    start = digest(watched.starts[0])
+    found = {tuple(texts): (whose, place) for whose, place, texts in watched.sampled}
+    assert len(found) == len(watched.sampled)  # no texts are there twice
+    size, (_, warm), (_, shown), [updated] = config.eval_samples, *watched.fitted, watched.updated
+
+    def origins(texts: list[str]) -> list[tuple[str, int]]:
+        return [found[tuple(texts[i : i + size])] for i in range(0, len(texts), size)]
+
+    assert origins(warm) == [(start, run.LEARNED)]
+    assert [place for _, place in origins(updated)] == [run.LEARNED + 1] * 2
+    assert [place for _, place in origins(shown)] == [run.LEARNED, *[run.LEARNED + config.rounds] * 2]
+    for texts in (updated, shown):
+        assert len({whose for whose, _ in origins(texts)}) == len(texts) // size  # of both methods, each once
+    measured = [origins(texts)[0][1] for texts in watched.scored if tuple(texts) in found]
+    assert set(measured) == {*range(config.rounds + 1), run.FINAL}
 
 
 def test_a_seed_that_is_done_is_not_run_again(compared: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,6 +250,54 @@ def test_a_seed_that_is_done_is_not_run_again(compared: tuple, monkeypatch: pyte
     other = CompareConfig(**{**vars(config), "beta": 0.2})
     with pytest.raises(AssertionError, match="run again"):
         run.run_seeds(other)
+    monkeypatch.setattr(run, "versions", lambda: {"sources": "others"})
+    with pytest.raises(AssertionError, match="run again"):
+        run.run_seeds(config)
+
+
+def test_code_is_told_apart_by_what_it_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "compare").mkdir()
+    monkeypatch.setattr(run, "__file__", str(tmp_path / "compare" / "run.py"))
+    (tmp_path / "code.py").write_text("a = 1")
+    first = run.versions()
+    (tmp_path / "code.py").write_text("a = 2")
+    assert run.versions() != first
+    assert run.commit() is None  # of another project's repository it says nothing
+
+
+def test_halves_share_no_row() -> None:
+    rows = pd.DataFrame({"a": [1, 1, 2, 3, 3, 3, 4, 2], "b": [0, 0, 0, 0, 0, 0, 0, 0]})
+    one, other = measure.halves(rows)
+    assert sorted([*one.index, *other.index]) == list(range(8))
+    assert not set(one["a"]) & set(other["a"])
+    assert len(set(one["a"])) == len(set(other["a"])) == 2
+
+
+def test_levels_are_of_valid_rows() -> None:
+    half = np.array([0.5, 0.25])
+    scores = Scores(half, half, half, {"a": half, "b": half}, np.array([True, False]))
+    found = measure.rewards(SimpleNamespace(score=lambda texts, starts: scores), Samples(["", ""], [], ["a", "b"]))
+    assert [found[level] for level in LEVELS] == [0.5] * 4
+    assert (found["reward"], found["validity"]) == (0.25, 0.5)
+    none = replace(scores, valid=np.array([False, False]))
+    found = measure.rewards(SimpleNamespace(score=lambda texts, starts: none), Samples(["", ""], [], ["a", "b"]))
+    assert [found[level] for level in LEVELS] == [None] * 4
+
+
+def test_seeds_are_sampled_with_noise_of_their_own(compared: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, config, _ = compared
+    seeds: list[int] = []
+
+    def record(self: Any, prompts: Any, first: int, sampling: Any) -> list[list[list[int]]]:
+        seeds.append(sampling.seed)
+        return [[[0]] for _ in prompts]
+
+    monkeypatch.setattr(TransformersSampler, "__call__", record)
+    for seed in (0, 1):
+        task = Task.build(config, seed)
+        for place in (3, 4):
+            task.sample(task.model().state_dict(), 2, place)
+    assert len(set(seeds)) == 4
 
 
 def test_a_warm_start_that_writes_no_rows_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

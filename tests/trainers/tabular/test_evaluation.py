@@ -1,6 +1,7 @@
 """Utility and privacy of synthetic rows: copies, permuted columns, collapsed and hopeless generators, values known by hand."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -39,6 +40,29 @@ def test_copies_are_called_copies(cancer: Table, cancer_split: Split) -> None:
     assert result.correlation_error == pytest.approx(0, abs=1e-12)
     assert result.utility == result.utility_real
     assert result.spread == pytest.approx(1)
+
+
+def test_real_rows_are_as_near_as_real_rows_are() -> None:
+    """Of evaluation rows that are copies of training rows, all are as near as the nearest twentieth: at no distance at all."""
+    steps = np.arange(20.0)
+    train = pd.DataFrame({"y": ["a", "b"] * 10, "u": steps, "v": steps})
+    evaluation = pd.concat([train.iloc[:15], train.iloc[15:].assign(u=steps[15:] + 0.5)])
+    result = evaluate(SCHEMA, train, train, evaluation)
+    assert (result.copied_share_real, result.too_close_share_real, result.dcr_real) == (0.75, 0.75, 0)
+    assert (result.copied_share, result.too_close_share) == (1, 1)
+
+
+def test_the_floor_is_a_mean_of_permutations(monkeypatch: pytest.MonkeyPatch, cancer: Table, cancer_split: Split) -> None:
+    aucs = iter(np.linspace(0.2, 0.58, 20))
+    monkeypatch.setattr(
+        "dppo_kernels.trainers.tabular.evaluation.permute_columns", lambda *_: SimpleNamespace(frame="permuted")
+    )
+    monkeypatch.setattr(
+        "dppo_kernels.trainers.tabular.evaluation.utility", lambda _, rows, *__: next(aucs) if isinstance(rows, str) else 0.9
+    )
+    result = of(cancer, cancer_split, [])
+    assert (result.utility_marginals, result.utility_real) == (pytest.approx(0.39), 0.9)
+    assert next(aucs, None) is None
 
 
 def test_permuted_columns_have_marginals_and_nothing_else(cancer: Table, cancer_split: Split) -> None:

@@ -37,6 +37,13 @@ def test_any_csv(tmp_path: Path) -> None:
     assert table.schema.numbers["a"] == Number(decimals=2, digits=2)
 
 
+def test_tiny_numbers_beside_large_ones_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("a,y\n123456.123,1\n1e-12,0\n")
+    number = load_table(path, target="y").schema.numbers["a"]
+    assert [number.read(number.write(value)) for value in (123456.123, 1e-12)] == [123456.123, 1e-12]
+
+
 @pytest.mark.parametrize(
     ("text", "target", "message"),
     [
@@ -49,6 +56,7 @@ def test_any_csv(tmp_path: Path) -> None:
         ("a,y\n1,1\n2,1\n", "y", r"at least two classes, got \['1'\]"),
         ("a,y\n1,1\n2,3,0\n", "y", "line 3 of t.csv must have 2 fields, got 3"),
         ("a,y\n1,1\n2\n", "y", "line 3 of t.csv must have 2 fields, got 1"),
+        ("a,y\n1,1\n1e-45,0\n", "y", "column 'a' of t must hold numbers of at most 40 characters, got 1e-45"),
         ('"a is b",y\n1,1\n2,0\n', "y", "must hold no comma, line break or ' is ', got 'a is b'"),
     ],
 )
@@ -91,6 +99,8 @@ def test_other_bad_arguments(tmp_path: Path, cancer: Table) -> None:
         (Number(2, 3), -0.001, "0"),
         (Number(0), -9.0, "-9"),
         (Number(0), 1234.4, "1234"),
+        (Number(12, 9), 123456.123, "123456.123"),
+        (Number(12, 9), 1e-12, "0.000000000001"),
     ],
 )
 def test_numbers_are_written_as_their_column_writes_them(number: Number, value: float, written: str) -> None:
