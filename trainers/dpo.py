@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model, parse_flag_from_env
+from accelerate.utils import is_peft_model
 from torch import Tensor
 
 from dppo_kernels import PreferenceSpec, Stat, _checks
@@ -17,13 +17,15 @@ from dppo_kernels.trainers._trl_seam import TRLDPOConfig, TRLDPOTrainer, disable
 from dppo_kernels.trainers.checkpoint import AtomicCheckpointMixin
 from dppo_kernels.trainers.metrics import StatLoggingMixin
 from dppo_kernels.trainers.preference_scoring import install_preference_scoring
+from dppo_kernels.trainers.sharding import check_engine, is_sharded
 
 logger = get_logger(__name__)
 
 # Losses that TRL does not have, and those of TRL that take the same settings: its constructor sees these.
 _OWN_LOSSES = {"sigmoid_smoothed": "sigmoid", "ipo_sum": "ipo"}
 _SMOOTHED = {"sigmoid_smoothed", "robust", "exo_pair", "aot", "aot_unpaired"}
-_SHARDED = "FSDP and DeepSpeed are not supported yet: run on one process or with DDP"
+
+_PRECISE = ("ref_chosen_logps", "ref_rejected_logps")  # float64: sums over many tokens, of which differences are taken
 
 # Logged name -> (stat, how it is read): TRL's names.
 METRICS = {
@@ -62,9 +64,6 @@ class DPOConfig(TRLDPOConfig):
     def __post_init__(self) -> None:
         if self.padding_free:
             raise ValueError("`padding_free`=True would be ignored by DPO, in TRL as well: leave it at False")
-        launched = any(parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED"))
-        if self.fsdp or self.deepspeed or launched:
-            raise ValueError(_SHARDED)
         _checks.check_workspace_bytes(self.workspace_bytes)
         super().__post_init__()
         spec = self.preference_spec()
@@ -134,8 +133,11 @@ class DPOTrainer(AtomicCheckpointMixin, StatLoggingMixin, TRLDPOTrainer):
     def _check_setup(self) -> None:
         if self._is_vlm:
             raise ValueError("vision-language models are not supported yet: pass a text model and tokenizer")
-        if self.is_fsdp_enabled or self.accelerator.distributed_type == "DEEPSPEED":
-            raise ValueError(_SHARDED)
+        check_engine(self.accelerator)
+        if self.args.sync_ref_model and is_sharded(self.accelerator):
+            raise ValueError(
+                "`sync_ref_model` is not supported with FSDP and DeepSpeed: checkpoints would not hold the reference"
+            )
         if is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning:
             raise ValueError("prompt-learning PEFT (prompt, prefix, p-tuning) is not supported: use LoRA or another adapter")
 
@@ -147,6 +149,13 @@ class DPOTrainer(AtomicCheckpointMixin, StatLoggingMixin, TRLDPOTrainer):
             own["output_router_logits"] = True
         common = {"workspace_bytes": self.args.workspace_bytes, "outputs": TOKEN_OUTPUTS if self.args.token_metrics else ()}
         return model(**own, preference={"completion_mask": inputs["completion_mask"], **common, **options})
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        prepared = super()._prepare_inputs(inputs)
+        for name in _PRECISE:  # with DeepSpeed, transformers casts floats to the model's dtype
+            if name in inputs:
+                prepared[name] = inputs[name].to(self.args.device)
+        return prepared
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Log-probs of chosen and rejected sequences under the reference, float64 [P] each."""
@@ -213,14 +222,14 @@ def _known_to_trl(args: DPOConfig) -> Iterator[None]:
 
 
 class _PreciseCollator:
-    """TRL's collator makes precomputed log-probs float32: sums over many tokens, of which differences are taken."""
+    """TRL's collator makes precomputed log-probs float32."""
 
     def __init__(self, collator: Any) -> None:
         self.collator = collator
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collator(examples)
-        for name in ("ref_chosen_logps", "ref_rejected_logps"):
+        for name in _PRECISE:
             if name in batch:
                 batch[name] = torch.tensor([example[name] for example in examples], dtype=torch.float64)
         return batch

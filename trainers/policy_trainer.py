@@ -12,6 +12,7 @@ from dppo_kernels import PolicyLossSpec, Stat, policy_loss
 from dppo_kernels.trainers._trl_seam import GRPOTrainer, check_attributes
 from dppo_kernels.trainers.checkpoint import AtomicCheckpointMixin
 from dppo_kernels.trainers.dropout import check_deterministic, disable_dropout
+from dppo_kernels.trainers.head import head_shape
 from dppo_kernels.trainers.loss_spec import STEP_NORMALISED
 from dppo_kernels.trainers.mismatch import MISMATCH_METRICS, MismatchMonitorMixin, fresh_stats
 from dppo_kernels.trainers.neutral_sampling import check_sampling
@@ -21,6 +22,7 @@ from dppo_kernels.trainers.resume import ExactResumeMixin
 from dppo_kernels.trainers.rollout import RolloutCaptureMixin
 from dppo_kernels.trainers.rollout_vllm import prepare_engine, warn_of_merging
 from dppo_kernels.trainers.scoring import IGNORE_INDEX, install_scoring
+from dppo_kernels.trainers.sharding import check_engine, is_sharded
 
 # Logged name -> (stat, how it is read), of every loss and of each surrogate.
 _METRICS = {
@@ -103,17 +105,20 @@ class PolicyTrainer(MismatchMonitorMixin, AtomicCheckpointMixin, ExactResumeMixi
             # generate() fills what is None here from the model's own generation config.
             merged |= {k: v for k, v in policy.generation_config.to_dict().items() if merged.get(k) is None}
             check_sampling(merged, self.temperature)
-        vocab = policy.get_output_embeddings().weight.shape[0]
+        check_engine(self.accelerator)
+        vocab, _ = head_shape(policy)
         if self.rollout_topk > vocab:
             raise ValueError(f"`divergence_topk`={self.rollout_topk} exceeds the model's vocabulary of {vocab}")
         if self.rollout_topk and self.rollout_func is not None and self.tools:
             raise ValueError("top-K divergences cannot follow `rollout_func` through TRL's tool loop: call the tools inside it")
         if self._is_vlm:
             raise ValueError("vision-language models are not supported yet: pass a text model and tokenizer")
-        if self.is_fsdp_enabled or self.accelerator.distributed_type == "DEEPSPEED":
-            raise ValueError("FSDP and DeepSpeed are not supported yet: run on one process or with DDP")
         if is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning:
             raise ValueError("prompt-learning PEFT (prompt, prefix, p-tuning) is not supported: use LoRA or another adapter")
+        if self.args.sync_ref_model and is_sharded(self.accelerator):
+            raise ValueError(
+                "`sync_ref_model` is not supported with FSDP and DeepSpeed: checkpoints would not hold the reference"
+            )
         if self.captures_rollout:
             check_deterministic(self.model)
 

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from dppo_kernels import Stat, value_loss
 from dppo_kernels.trainers._trl_seam import create_model_from_path, shuffle_sequence_dict, split_tensor_dict
 from dppo_kernels.trainers.dropout import disable_dropout
+from dppo_kernels.trainers.head import head_shape, is_partitioned
 from dppo_kernels.trainers.normaliser import (
     STEP_COUNTS,
     active_tokens,
@@ -24,8 +25,9 @@ from dppo_kernels.trainers.normaliser import (
 from dppo_kernels.trainers.policy_trainer import PolicyTrainer
 from dppo_kernels.trainers.ppo_config import PPOConfig
 from dppo_kernels.trainers.ppo_rollout import PPORolloutMixin
+from dppo_kernels.trainers.sharding import is_sharded, prepare_frozen, unpartitioned
 from dppo_kernels.trainers.value_model import SharedHead, TokenValues, check_disjoint, make_value_model
-from dppo_kernels.trainers.value_optimizer import parameter_groups
+from dppo_kernels.trainers.value_optimizer import clip_to, optimizer_class, parameter_groups, total_norm
 from dppo_kernels.trainers.value_state import ValueStateMixin
 
 # Logged name -> (stat, how it is read).
@@ -71,6 +73,7 @@ class PPOTrainer(ValueStateMixin, PPORolloutMixin, PolicyTrainer):
     _paper = {"title": "Proximal Policy Optimization Algorithms", "id": "1707.06347"}  # noqa: RUF012
     config_class: type[PPOConfig] = PPOConfig
     reference_name = "ref_model"  # the argument that a given reference came by
+    value_optimizer: torch.optim.Optimizer | None = None  # of the value model alone, where the policy's does not hold it
 
     def __init__(
         self,
@@ -96,6 +99,10 @@ class PPOTrainer(ValueStateMixin, PPORolloutMixin, PolicyTrainer):
         peft_config = kwargs.get("peft_config", rest[7] if len(rest) > 7 else None)
         is_plain = not isinstance(model, str) and peft_config is None and not is_peft_model(model)
         if args.kl_coef and ref_model is None and is_plain and not args.sync_ref_model:
+            if any(map(is_partitioned, model.parameters())):
+                raise ValueError(
+                    "ZeRO-3 has divided `model`, which cannot be copied for a reference: pass its path, or a `ref_model`"
+                )
             ref_model = copy.deepcopy(model)  # what it was loaded from may be another model
         if reward_model is not None:
             reward_funcs = _with_reward_model(reward_funcs, reward_model, rest, kwargs)
@@ -115,11 +122,16 @@ class PPOTrainer(ValueStateMixin, PPORolloutMixin, PolicyTrainer):
         self.stop_rule = self.make_stop_rule()
         policy = self.model
         if args.share_value_backbone:
-            width = policy.get_output_embeddings().weight.shape[1]
-            self.value_model: TokenValues | SharedHead = SharedHead(width)
+            self.value_model: TokenValues | SharedHead = SharedHead(head_shape(policy)[1])
         else:
             options = {"trust_remote_code": args.trust_remote_code, "dtype": policy.dtype}
-            self.value_model = make_value_model(value_model, policy, **options)
+            # Under ZeRO-3 too, a value model is whole on every process.
+            with unpartitioned(self.args.deepspeed_plugin, policy):
+                self.value_model = make_value_model(value_model, policy, **options)
+            if any(map(is_partitioned, self.value_model.parameters())):
+                raise ValueError(
+                    "`value_model` was loaded under ZeRO-3, which divides it: pass its path, or load it before `args` is made"
+                )
             models = [("the policy", policy), ("the reference", self.ref_model)]
             models += [
                 (f"the reward model {name!r}", f) for name, f in zip(self.reward_func_names, self.reward_funcs, strict=True)
@@ -131,7 +143,7 @@ class PPOTrainer(ValueStateMixin, PPORolloutMixin, PolicyTrainer):
             disable_dropout(self.value_model)
         self.value_model.to(self.accelerator.device).eval()
         self._wrapped_values: nn.Module = self.value_model
-        self.add_callback(_AfterStep(self))
+        self.add_callback(_Steps(self))
 
     def _take_reference(self, ref_model: Any) -> None:
         self.ref_model = self.take_frozen(self.reference_name, ref_model)
@@ -149,7 +161,7 @@ class PPOTrainer(ValueStateMixin, PPORolloutMixin, PolicyTrainer):
             options.setdefault("attn_implementation", self.model.config._attn_implementation)
             options["device_map"] = None
             model = create_model_from_path(model, **options)
-        own, vocab = (m.get_output_embeddings().weight.shape[0] for m in (self.model, model))
+        own, vocab = (head_shape(m)[0] for m in (self.model, model))
         if vocab != own:
             raise ValueError(f"`{name}` has a vocabulary of {vocab}, the policy one of {own}")
         if is_peft_model(model):
@@ -160,7 +172,18 @@ class PPOTrainer(ValueStateMixin, PPORolloutMixin, PolicyTrainer):
         """A model of any kind in eval mode, without dropout, on this device; refused if training would change it."""
         check_disjoint(name, model, [("the policy", self.model)])
         disable_dropout(model)
-        return self.accelerator.prepare_model(model.eval(), evaluation_mode=True)
+        return prepare_frozen(self.accelerator, model)
+
+    def _check_model(self, policy: Any) -> None:
+        super()._check_model(policy)
+        if self.is_deepspeed_enabled and self.args.target_kl is not None:
+            raise ValueError(
+                "`target_kl` ends an update before a step is made, and DeepSpeed makes it in the backward: not with it"
+            )
+        if is_sharded(self.accelerator) and self.args.fp16:
+            raise ValueError(
+                "`fp16` with FSDP and DeepSpeed scales the loss for the policy alone, not for values: use bf16 or fp32"
+            )
 
     # Rollouts
 
@@ -297,9 +320,28 @@ class PPOTrainer(ValueStateMixin, PPORolloutMixin, PolicyTrainer):
 
     def _optimize_values(self, optimizer: torch.optim.Optimizer) -> None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not any(id(p) in held for p in self.value_model.parameters()):
-            for group in parameter_groups(self, self.value_model, self.args.weight_decay):
+        own = any(id(p) in held for p in self.value_model.parameters())
+        if not is_sharded(self.accelerator):
+            for group in [] if own else parameter_groups(self, self.value_model, self.args.weight_decay):
                 optimizer.add_param_group(group)
+            return
+        # The engine divides what its optimiser holds: the value model, which is whole, has one of its own, in step with it.
+        if own:
+            raise ValueError("beside a sharded policy the value model has an optimiser of its own: leave its parameters out")
+        if self.value_optimizer is None:
+            self.value_optimizer = self.make_optimizer(self.value_model)
+
+    def make_optimizer(self, *models: nn.Module) -> torch.optim.Optimizer:
+        """The class and options of `args.optim`, over all that is trained of these models."""
+        kind, options = optimizer_class(self, self.args, models[0])
+        return kind([group for model in models for group in parameter_groups(self, model, self.args.weight_decay)], **options)
+
+    def step_values(self) -> None:
+        """Called after every step of the policy's optimiser."""
+        if self.value_optimizer is not None:
+            for group in self.value_optimizer.param_groups:
+                group["lr"] = self._get_learning_rate()
+            self.value_optimizer.step()
 
     def _wrap_value_model(self) -> None:
         if self.accelerator.num_processes > 1 and not isinstance(self._wrapped_values, DistributedDataParallel):
@@ -315,24 +357,35 @@ class PPOTrainer(ValueStateMixin, PPORolloutMixin, PolicyTrainer):
         return self._clip_both(model, math.inf) if grad_norm is None else grad_norm
 
     def _clip_both(self, model: Any, limit: float) -> Tensor:
-        """Clip the norm of both models' gradients together, as one optimiser steps both; log each model's own."""
-        self.accelerator.unscale_gradients()
-        norms = []
-        for name, module in (("policy", model), ("value", self.value_model)):
-            gradients = [p.grad for p in module.parameters() if p.grad is not None]
-            norms.append(torch.nn.utils.get_total_norm(gradients).to(self.args.device))
-            if gradients:
-                self.record({f"{name}_grad_norm": single(norms[-1])})
-        total = torch.linalg.vector_norm(torch.stack(norms))
+        """Clip the norm of both models' gradients together, as one optimiser steps both; log each model's own.
+
+        DeepSpeed clips the policy's by itself, within its backward: then each model's norm is held to the limit.
+        """
+        if self.is_deepspeed_enabled:
+            policy = self.accelerator.clip_grad_norm_(model.parameters(), limit)  # what it was; None before the first step
+            known = None if policy is None else torch.tensor(float(policy))
+        else:
+            self.accelerator.unscale_gradients()
+            known = total_norm(model)
+        norms = {"policy": known, "value": total_norm(self.value_model)}
+        found = {name: norm.to(self.args.device) for name, norm in norms.items() if norm is not None}
+        self.record({f"{name}_grad_norm": single(norm) for name, norm in found.items()})
+        if not found:
+            return torch.zeros((), device=self.args.device)
+        total = torch.linalg.vector_norm(torch.stack(list(found.values())))
         if math.isfinite(limit):
-            for module in (model, self.value_model):
-                torch.nn.utils.clip_grads_with_norm_(module.parameters(), limit, total)
+            clip_to(self.value_model, limit, found.get("value", total) if self.is_deepspeed_enabled else total)
+            if not self.is_deepspeed_enabled:
+                clip_to(model, limit, total)
         return total
 
 
-class _AfterStep(TrainerCallback):
+class _Steps(TrainerCallback):
     def __init__(self, trainer: PPOTrainer) -> None:
         self.trainer = trainer
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.step_values()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.after_step()

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from dppo_kernels import Stat, linear_preference_loss, linear_sequence_logprobs
+from dppo_kernels.trainers.head import in_head
 from dppo_kernels.trainers.scoring import load_balancing_loss, logit_transform
 
 
@@ -48,15 +49,21 @@ def install_preference_scoring(model: PreTrainedModel) -> None:
         mask, ids = options.pop("completion_mask")[:, 1:].bool().to(device), kwargs["input_ids"][:, 1:].to(device)
         backbone = self.base_model(*args, **kwargs, use_cache=False)
         hidden = backbone.last_hidden_state[:, :-1].to(device)
-        transform: dict[str, Any] = {"bias": head.bias, "logit_scale": logit_scale, "softcap": softcap}
+        if "reference_of" not in options:
+            options["ref_logprobs"] = options["ref_logprobs"].to(device)
+
+        def apply(weight: Tensor, bias: Tensor | None, hidden: Tensor) -> Any:
+            transform: dict[str, Any] = {"bias": bias, "logit_scale": logit_scale, "softcap": softcap, **options}
+            if "reference_of" in options:
+                return linear_sequence_logprobs(
+                    hidden, weight, ids, mask, spec=transform.pop("reference_of"), **transform
+                ).logprobs
+            return linear_preference_loss(hidden, weight, ids, mask, **transform)
+
+        found = in_head(head, apply, hidden)
         if "reference_of" in options:
-            found = linear_sequence_logprobs(
-                hidden, head.weight, ids, mask, spec=options.pop("reference_of"), **transform, **options
-            )
-            return PreferenceOutput(sequence_logprobs=found.logprobs)
-        options["ref_logprobs"] = options["ref_logprobs"].to(device)
-        output = PreferenceOutput()
-        output.loss, output.stats = linear_preference_loss(hidden, head.weight, ids, mask, **transform, **options)
+            return PreferenceOutput(sequence_logprobs=found)
+        output = PreferenceOutput(*found)
         if kwargs.get("output_router_logits"):
             output.aux_loss = load_balancing_loss(self.config, backbone.router_logits, kwargs.get("attention_mask"))
         return output

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from dppo_kernels import TopKLogprobs, token_logprobs, topk_logprobs
+from dppo_kernels.trainers.head import head_shape
 from dppo_kernels.trainers.rollout_columns import MAX_LOGPROB, CapturedLogprob, RolloutStore, ranked_columns
 from dppo_kernels.trainers.rollout_vllm import capturing
 from dppo_kernels.trainers.shadow import shadowed
@@ -122,7 +123,7 @@ class RolloutCaptureMixin(Host):
         return completion_ids, logprobs
 
     def _vocab(self) -> int:
-        return self.model.get_output_embeddings().weight.shape[0]
+        return head_shape(self.model)[0]
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         if not self.captures_rollout:

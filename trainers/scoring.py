@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 from dppo_kernels import Stat, linear_logprobs, linear_policy_loss
 from dppo_kernels.trainers._trl_seam import load_balancing_loss_func
 from dppo_kernels.trainers.distillation import compare, own_logits
+from dppo_kernels.trainers.head import head_shape, in_head
 
 IGNORE_INDEX = -100
 
@@ -68,8 +69,8 @@ def install_scoring(
     ignore); `scored_gather_ids` [B, T, K] are further ids to score there (negative = padding). With `policy_loss`, keyword
     arguments of `linear_policy_loss`, it returns that loss of the scored ids, its gradient computed on the way.
     `with_hidden` adds the hidden states before the scored ids, for a value head. With `distill`, arguments of `compare` but for
-    the student's, it adds the loss of being unlike a teacher at the scored positions, or at the last ones of other `sequences`
-    (ids and attention mask), which then run through the backbone too.
+    the student's (`teacher` is called for a context that gives it), it adds the loss of being unlike a teacher at the scored
+    positions, or at the last ones of other `sequences` (ids and attention mask), which then run through the backbone too.
     """
     previous_forward = model.forward
     softcap, logit_scale = logit_transform(model.config)
@@ -90,56 +91,72 @@ def install_scoring(
         if scored_ids is None:
             return previous_forward(*args, **kwargs)
         head = self.get_output_embeddings()
+        device = head.weight.device
 
         def run_backbone(length: int, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
             """What it returns, and the hidden states before the last `length` positions."""
             if derive_positions and "position_ids" not in kwargs:  # models with absolute positions are wrong without it
                 kwargs["position_ids"] = (kwargs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
             backbone = self.base_model(*args, **kwargs, use_cache=False)
-            hidden = backbone.last_hidden_state[:, -length - 1 : -1].to(head.weight.device)
+            hidden = backbone.last_hidden_state[:, -length - 1 : -1].to(device)
             return backbone, hidden.float() if cast_lm_head_to_fp32 else hidden
 
         backbone, hidden = run_backbone(scored_ids.shape[1], *args, **kwargs)
-        precision: Any = torch.autocast(hidden.device.type, enabled=False) if cast_lm_head_to_fp32 else nullcontext()
-        own: dict[str, Any] = {"bias": head.bias, "logit_scale": logit_scale, "softcap": softcap}
-        transform = {**own, "temperature": temperature}
-        output = ScoredOutput(hidden=hidden if with_hidden else None)
-        with precision:
+        states, student_logits = [hidden], None
+        if distill is not None:
+            distill = dict(distill)
+            length, sequences, teacher = distill["loss_mask"].shape[1], distill.pop("sequences", None), distill.pop("teacher")
+            ids, attention = sequences or (kwargs["input_ids"], kwargs["attention_mask"])
+            if hasattr(self, "get_student_logits"):
+                student_logits = own_logits(self.get_student_logits, ids, attention, length, head_shape(self)[0])
+            elif sequences is not None:
+                states.append(run_backbone(length, input_ids=ids, attention_mask=attention)[1])
+
+        def apply(weight: Tensor, bias: Tensor | None, hidden: Tensor, compared: Tensor | None = None) -> Any:
+            """What is scored, and the distillation loss with its stats: all that the head is used for, in one go."""
+            own: dict[str, Any] = {"bias": bias, "logit_scale": logit_scale, "softcap": softcap}
+            scored: Any
             if policy_loss is None:
-                scores = linear_logprobs(
+                scored = linear_logprobs(
                     hidden,
-                    head.weight,
+                    weight,
                     scored_ids,
                     gather_ids=scored_gather_ids,
                     ignore_index=IGNORE_INDEX,
                     outputs=("logprobs", "entropy"),
-                    **transform,
+                    temperature=temperature,
+                    **own,
                 )
-                output.logprobs, output.entropy, output.gathered = scores.logprobs, scores.entropy, scores.gathered
             else:
-                output.loss, output.stats, aux = linear_policy_loss(
+                scored = linear_policy_loss(
                     hidden,
-                    head.weight,
+                    weight,
                     scored_ids,
                     rollout_topk_ids=scored_gather_ids,
                     return_aux=True,
+                    temperature=temperature,
                     **policy_loss,
-                    **transform,
+                    **own,
                 )
-                output.logprobs, output.entropy = aux.logprobs, aux.entropy
-        if distill is not None:
-            sequences = distill.get("sequences")
-            ids, attention = sequences or (kwargs["input_ids"], kwargs["attention_mask"])
-            length = distill["loss_mask"].shape[1]
-            if hasattr(self, "get_student_logits"):
-                student = {"logits": own_logits(self.get_student_logits, ids, attention, length, head.weight.shape[0])}
-            else:
-                if sequences is not None:
-                    _, hidden = run_backbone(length, input_ids=ids, attention_mask=attention)
-                student = {"hidden": hidden, "weight": head.weight, **own}
-            with precision:
-                rest = {name: value for name, value in distill.items() if name != "sequences"}
-                output.distill_loss, output.distill_stats = compare(student, **rest)
+            if distill is None:
+                return scored, None
+            student = {"logits": student_logits} if student_logits is not None else {"weight": weight, **own}
+            if student_logits is None:
+                student["hidden"] = hidden if compared is None else compared
+            with teacher() as side:
+                return scored, compare(student, side, **distill)
+
+        precision: Any = torch.autocast(hidden.device.type, enabled=False) if cast_lm_head_to_fp32 else nullcontext()
+        output = ScoredOutput(hidden=hidden if with_hidden else None)
+        with precision:
+            scored, distilled = in_head(head, apply, *states)
+        if policy_loss is None:
+            output.logprobs, output.entropy, output.gathered = scored.logprobs, scored.entropy, scored.gathered
+        else:
+            output.loss, output.stats, aux = scored
+            output.logprobs, output.entropy = aux.logprobs, aux.entropy
+        if distilled is not None:
+            output.distill_loss, output.distill_stats = distilled
         if kwargs.get("output_router_logits"):
             output.aux_loss = load_balancing_loss(self.config, backbone.router_logits, kwargs.get("attention_mask"))
         return output

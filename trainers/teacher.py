@@ -1,6 +1,7 @@
 """Teachers: what they may be, what they know of a sequence, and whether student and teacher speak of the same tokens."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import cached_file
 
 from dppo_kernels.trainers.distillation import own_logits
+from dppo_kernels.trainers.head import gathered, head_shape
 from dppo_kernels.trainers.scoring import IGNORE_INDEX, logit_transform
 
 logger = get_logger(__name__)
@@ -66,7 +68,7 @@ class Teacher:
     @property
     def width(self) -> int:
         """H of its hidden states; 0 where it gives logits."""
-        return 0 if self.gives_logits else self.model.get_output_embeddings().weight.shape[1]
+        return 0 if self.gives_logits else head_shape(self.model)[1]
 
     @torch.no_grad()
     def hidden(self, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
@@ -76,11 +78,18 @@ class Teacher:
         return found.to(self.model.get_output_embeddings().weight.dtype)
 
     @torch.no_grad()
-    def side(self, hidden: Tensor | None, input_ids: Tensor, attention_mask: Tensor, length: int) -> Mapping[str, Any]:
-        """Its half of `compare` at the last T = `length` positions; `hidden` are its hidden states there."""
-        if self.gives_logits:
-            return {"logits": own_logits(self.model.get_teacher_logits, input_ids, attention_mask, length, self.vocab).detach()}
-        head = self.model.get_output_embeddings()
+    def logits(self, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor | None:
+        """Its logits at the last T = `length` positions, of one that gives them."""
+        if not self.gives_logits:
+            return None
+        return own_logits(self.model.get_teacher_logits, input_ids, attention_mask, length, self.vocab).detach()
+
+    @contextmanager
+    def side(self, hidden: Tensor | None, logits: Tensor | None) -> Iterator[Mapping[str, Any]]:
+        """Its half of `compare`, from its hidden states or its logits; its head is whole while this is open."""
+        if logits is not None:
+            yield {"logits": logits}
+            return
         softcap, logit_scale = logit_transform(self.model.config)
-        bias = None if head.bias is None else head.bias.detach()
-        return {"hidden": hidden, "weight": head.weight.detach(), "bias": bias, "logit_scale": logit_scale, "softcap": softcap}
+        with gathered(self.model.get_output_embeddings()) as (weight, bias):
+            yield {"hidden": hidden, "weight": weight, "bias": bias, "logit_scale": logit_scale, "softcap": softcap}

@@ -26,6 +26,7 @@ from dppo_kernels.trainers.distill_ppo_config import DistillPPOConfig
 from dppo_kernels.trainers.dppo import DPPOConfig, DPPOTrainer
 from dppo_kernels.trainers.ppo import PPOTrainer
 from dppo_kernels.trainers.ppo_config import DecoupledPPOConfig, PPOConfig
+from dppo_kernels.trainers.sharding import unpartitioned
 
 ALGORITHMS: dict[str, tuple[type[Any], type[Any]]] = {
     "dapo": (DAPOConfig, DAPOTrainer),
@@ -196,7 +197,8 @@ def offline_model(name: str, config: Any, resume: Any, prompts: Any, steps: int,
     folder = Path(config.output_dir) / name
     with config.main_process_first(desc="making the offline model"):
         if config.process_index == 0 and not resume:
-            _make_offline_model(folder, prompts, config.seed, steps, expert)
+            with unpartitioned(config.deepspeed_plugin):
+                _make_offline_model(folder, prompts, config.seed, steps, expert)
     return str(folder)
 
 

@@ -172,13 +172,19 @@ def check_disjoint(name: str, values: nn.Module, others: Iterable[tuple[str, Any
         ValueError: a parameter of `values` lies in the same memory as one of `others`, which are named models.
     """
     for other_name, other in others:
-        memory = {p.untyped_storage().data_ptr() for p in other.parameters() if p.numel()}
-        shared = [n for n, p in values.named_parameters() if p.numel() and p.untyped_storage().data_ptr() in memory]
+        memory = set(map(_memory, other.parameters())) - {None}
+        shared = [n for n, p in values.named_parameters() if _memory(p) in memory]
         if shared:
             raise ValueError(
                 f"`{name}` shares {len(shared)} parameters with {other_name} (the first is {shared[0]!r}): training one would "
                 "change the other. Pass a copy, or a model loaded a second time"
             )
+
+
+def _memory(parameter: Any) -> int | None:
+    """Where it lies on this process, if anything of it does."""
+    own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return own.untyped_storage().data_ptr() if own.numel() else None
 
 
 def _unadapted(model: Any) -> Any:

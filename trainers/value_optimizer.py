@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import get_scheduler
 
 # What optimisers that arrange parameters by themselves (GaLore, LOMO, layer-wise ones) hand over instead of parameters.
@@ -31,6 +31,28 @@ def optimizer_class(trainer: Any, args: Any, module: nn.Module) -> tuple[type[to
     if any(name in options for name in _OWN_ARRANGEMENT) or not isinstance(kind, type):
         raise ValueError(f"`optim`={str(args.optim)!r} arranges parameters by itself, which leaves a value model's out")
     return kind, options
+
+
+def total_norm(module: nn.Module) -> Tensor | None:
+    """Of its gradients, over all processes that hold a part of them; None without any."""
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    if not gradients:
+        return None
+    norm: Any = torch.nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def clip_to(module: nn.Module, limit: float, norm: Tensor) -> None:
+    """Scale its gradients by `limit` / `norm` where that is less than 1, as `torch.nn.utils.clip_grads_with_norm_`."""
+    parameters = list(module.parameters())
+    if not any(hasattr(p.grad, "to_local") for p in parameters):
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        return
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+    for p in parameters:
+        own: Any = p.grad
+        if own is not None:
+            own.to_local().mul_(factor)  # a DTensor takes no plain tensor
 
 
 def make_value_optimizer(trainer: Any, module: nn.Module) -> torch.optim.Optimizer:

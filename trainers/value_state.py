@@ -13,8 +13,13 @@ else:
     Host = object  # a mixin: GRPOTrainer comes after it in the bases
 
 
+OPTIMIZER_FILE = "value_optimizer.pt"
+
+
 class ValueStateMixin(Host):
     """Put before `ExactResumeMixin` in the bases of a trainer with a `value_model`."""
+
+    value_optimizer: torch.optim.Optimizer | None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
@@ -28,6 +33,19 @@ class ValueStateMixin(Host):
                 raise ValueError(f"{checkpoint} holds no {FOLDER}: it is not a checkpoint of {type(self).__name__}")
             self.value_model.load(folder)
         super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and (parts := self.value_optimizer_parts()):
+            states = torch.load(os.path.join(checkpoint, OPTIMIZER_FILE), map_location="cpu", weights_only=True)
+            for name, part in parts.items():
+                part.load_state_dict(states[name])
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save and (parts := self.value_optimizer_parts()):
+            torch.save({name: part.state_dict() for name, part in parts.items()}, os.path.join(output_dir, OPTIMIZER_FILE))
+
+    def value_optimizer_parts(self) -> dict[str, Any]:
+        """What steps the value model by itself, by name: none where the policy's optimiser holds it."""
+        return {} if self.value_optimizer is None else {"optimizer": self.value_optimizer}
 
     def extra_resume_state(self) -> dict[str, Any]:
         return {**super().extra_resume_state(), "early_stopped": self._early_stopped}
@@ -44,15 +62,3 @@ class ValueStateMixin(Host):
         super().load_portable_resume_state(state)
         self.update_count = state["update_count"]
         self.kl_controller.load_state_dict(state["kl_controller"])
-
-
-def save_optimizer(path: str, **parts: Any) -> None:
-    """State dicts by name, in one file."""
-    torch.save({name: part.state_dict() for name, part in parts.items()}, path)
-
-
-def load_optimizer(path: str, **parts: Any) -> None:
-    """Receives what `save_optimizer` wrote."""
-    states = torch.load(path, map_location="cpu", weights_only=True)
-    for name, part in parts.items():
-        part.load_state_dict(states[name])

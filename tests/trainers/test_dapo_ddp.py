@@ -10,6 +10,8 @@ from tests.trainers.dapo_worker import KINDS, one_step
 from tests.trainers.ranks import run_ranks
 from tests.trainers.test_train import tags
 
+pytestmark = pytest.mark.distributed
+
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:

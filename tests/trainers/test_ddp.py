@@ -6,6 +6,8 @@ import pytest
 
 from tests.trainers.ranks import run_ranks
 
+pytestmark = pytest.mark.distributed
+
 
 @pytest.mark.parametrize(
     ("kind", "sampler"),

@@ -9,6 +9,8 @@ import torch
 from tests.trainers.distill_worker import DATA, one_update
 from tests.trainers.ranks import run_ranks
 
+pytestmark = pytest.mark.distributed
+
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:

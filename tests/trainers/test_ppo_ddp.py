@@ -9,6 +9,8 @@ import torch
 from tests.trainers.ppo_worker import KINDS, one_update
 from tests.trainers.ranks import run_ranks
 
+pytestmark = pytest.mark.distributed
+
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:

@@ -213,7 +213,6 @@ def test_limits_are_those_of_prompts(limit, error: type[Exception], message: str
             ["--model_name_or_path", "m", "--pair_budget_file", "x", "--pair_max_completion_length", "4"],
             "one of `pair_max_completion_length` and `pair_budget_file` can be given",
         ),
-        (["--model_name_or_path", "m", "--fsdp", "full_shard"], "FSDP and DeepSpeed are not supported yet"),
     ],
 )
 def test_usage_errors(arguments: list[str], message: str, capsys) -> None:

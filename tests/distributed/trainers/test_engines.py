@@ -1,0 +1,116 @@
+"""Every trainer under DDP, FSDP2, ZeRO-2 and ZeRO-3: six steps of two processes are those of one, and resumed ones too."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.trainers import runs
+from tests.distributed.trainers.ranks import WRAPPERS, run
+
+NAMES = ("dppo", "dapo", "ppo", "shared", "decoupled", "distill", "dpo")
+TYPES = {"ddp": "DistributedDataParallel", "fsdp2": "FSDP", "zero2": "DeepSpeedEngine", "zero3": "DeepSpeedEngine"}
+
+
+@functools.cache
+def of_one_process(name: str, options: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    [found] = run(runs.train, None, name, dict(options))
+    return found
+
+
+def check(name: str, wrapper: str, broken: str = "", **options: Any) -> None:
+    """Of two processes: the wrapper, the same bits on both, and the weights and logs of one."""
+    alone = of_one_process(name, tuple(options.items()))
+    ranks = run(runs.train, wrapper, name, options, None, None, broken)
+    moved = max((alone["weights"][key] - start).abs().max().item() for key, start in alone["before"].items())
+    assert moved > 1e-3
+    for rank in ranks:
+        assert rank["wrapper"].startswith(TYPES[wrapper])
+        assert rank["processes"] == 2
+        assert rank["weights"].keys() == alone["weights"].keys()
+        for key, weight in alone["weights"].items():
+            error = (rank["weights"][key] - weight).abs().max().item()
+            assert error <= 1e-6, f"{key} is {error:.1e} from that of one process"
+            assert torch.equal(rank["weights"][key], ranks[0]["weights"][key]), f"{key} differs from rank to rank"
+    for row, expected in zip(ranks[0]["logged"], alone["logged"], strict=True):
+        assert row.keys() == expected.keys()
+        known = {key: value for key, value in expected.items() if "time" not in key}
+        assert {key: row[key] for key in known} == pytest.approx(known, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_train_as_one(name: str, wrapper: str) -> None:
+    check(name, wrapper)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("name", ["dapo", "decoupled", "distill", "dpo"])
+def test_gradient_accumulation(name: str, wrapper: str) -> None:
+    check(name, wrapper, accumulation=2)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("name", ["dppo", "dpo"])
+def test_adapters(name: str, wrapper: str) -> None:
+    check(name, wrapper, lora=True)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("name", ["dppo", "distill", "dpo"])
+def test_tied_heads(name: str, wrapper: str) -> None:
+    check(name, wrapper, tied=True)
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_both_models_are_clipped_together(wrapper: str) -> None:
+    check("ppo", wrapper, max_grad_norm=0.5)
+
+
+@pytest.mark.parametrize(("name", "broken"), [("dppo", "policy"), ("ppo", "values")])
+def test_ranks_that_diverge_are_seen(name: str, broken: str) -> None:
+    with pytest.raises(AssertionError, match=r"from that of one process|differs from rank to rank"):
+        check(name, "ddp", broken)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("name", ["dppo", "ppo", "decoupled", "dpo"])
+def test_resuming_is_exact(name: str, wrapper: str, tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "linear"}
+    whole = run(runs.train, wrapper, name, options, str(tmp_path / "whole"))
+    checkpoint = next(tmp_path.glob("whole/**/checkpoint-3"))
+    again = run(runs.train, wrapper, name, options, str(tmp_path / "again"), str(checkpoint))
+    for rank, first in zip(again, whole, strict=True):
+        for key, weight in first["weights"].items():
+            assert torch.equal(rank["weights"][key], weight), key
+        assert [row["loss"] for row in rank["logged"]] == [row["loss"] for row in first["logged"]]
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_the_policy_that_writes_is_the_one_that_trains(wrapper: str) -> None:
+    """What was captured while generating is what is scored, on processes that write for longer or shorter."""
+    first, second = run(runs.rollouts, wrapper)
+    assert first["lengths"] != second["lengths"]
+    for rank in (first, second):
+        assert rank["mismatch"]
+        assert all(max(values) < 1e-5 for values in rank["mismatch"].values())
+    assert all(torch.equal(weight, second["weights"][key]) for key, weight in first["weights"].items())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_fsdp_gathers_the_head_for_its_op(tied: bool) -> None:
+    """Once a training step, forward and backward; an untied one is divided while the layers run, both are afterwards."""
+    for rank in run(runs.gatherings, "fsdp2", tied):
+        assert rank["per_step"] == [1, 1]
+        assert tied or all(rank["in_layers"])
+        assert rank["after_training"]
+        assert rank["after_scoring"]
+
+
+@pytest.mark.parametrize("wrapper", ["fsdp2", "zero3"])
+def test_no_model_stays_gathered(wrapper: str) -> None:
+    """References and teachers are divided as the policy is, a value model is not."""
+    for rank in run(runs.divided, wrapper):
+        assert rank == {"policy": True, "reference": True, "teacher": True, "whole inside": True, "values": False}

@@ -1,0 +1,72 @@
+"""What FSDP2 and DeepSpeed change for trainers: what may be asked of them, frozen models, and models that stay whole."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, fsdp2_prepare_model, parse_flag_from_env
+from torch import nn
+from transformers.integrations.deepspeed import (
+    is_deepspeed_zero3_enabled,
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
+
+from dppo_kernels.trainers._trl_seam import prepare_deepspeed
+from dppo_kernels.trainers.head import is_partitioned
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether the policy's parameters, or its optimiser's state at least, are divided over processes."""
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def zero_stage(accelerator: Accelerator) -> int:
+    """Of DeepSpeed; 0 without it."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    return 0 if plugin is None else plugin.zero_stage
+
+
+def check_engine(accelerator: Accelerator) -> None:
+    """Refuse engines that trainers do not know, and one that was asked for and is not there.
+
+    Raises:
+        ValueError: FSDP 1; FSDP where accelerate, without a word, makes DDP of it, which it does on CPUs.
+    """
+    asked = parse_flag_from_env("ACCELERATE_USE_FSDP")
+    if asked and accelerator.num_processes > 1 and accelerator.distributed_type != DistributedType.FSDP:
+        raise ValueError(
+            f"FSDP was asked for, and accelerate made {accelerator.distributed_type.value} of it, as it shards on GPUs and the "
+            "like only: turn `fsdp` off, or train on these"
+        )
+    if accelerator.distributed_type == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version != 2:
+        raise ValueError("FSDP 1 is not supported: set `fsdp_version` to 2")
+
+
+def prepare_frozen(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """A model that is scored and not trained, on this device, divided over processes where the policy's parameters are."""
+    model.eval()
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return fsdp2_prepare_model(accelerator, model)
+    if zero_stage(accelerator) == 3:
+        return prepare_deepspeed(model, accelerator)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # parameters are whole
+        return model.to(accelerator.device)
+    return accelerator.prepare_model(model, evaluation_mode=True)
+
+
+@contextmanager
+def unpartitioned(plugin: Any, *sources: nn.Module) -> Iterator[None]:
+    """Models made inside are whole, also under ZeRO-3, and so are the parameters of `sources`; `plugin` is accelerate's."""
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    import deepspeed
+
+    unset_hf_deepspeed_config()
+    try:
+        with deepspeed.zero.GatheredParameters([p for source in sources for p in source.parameters() if is_partitioned(p)]):
+            yield
+    finally:
+        set_hf_deepspeed_config(plugin.hf_ds_config)
