@@ -20,7 +20,7 @@ test: .venv/ready ext
 
 # Heads shared out over ranks, and trainers under DDP, FSDP2 and DeepSpeed: groups of processes over gloo.
 test-distributed: .venv/ready .venv/engines ext
-	$(BIN)/python -m pytest -m distributed
+	$(BIN)/python -m pytest -m distributed --numprocesses $(JOBS) --dist loadscope
 
 # Rollouts by a real vLLM engine on CPU, in an environment of its own (2.1 GB). Fails where nothing ran.
 test-vllm: .venv-vllm/ready

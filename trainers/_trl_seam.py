@@ -97,6 +97,9 @@ VLLM_GENERATE_ARGUMENTS = ("self", "prompts", "images", "num_generations", "prof
 VLLM_METHODS = ("generate", "sync_weights")
 VLLM_ATTRIBUTES = ("generation_kwargs", "logprobs", "mode", "tensor_parallel_size")
 
+# Of `transformers.integrations.deepspeed`: a weak reference to what makes models come divided under ZeRO-3.
+ACTIVE_ZERO_CONFIG = "_hf_deepspeed_config_weak_ref"
+
 # Looked up by the forward of every fused lm_head on each call: replacing them reaches trainers that exist already.
 SCORING_FUNCTION = "_ChunkedLogProbFunction"
 SCORES_LABELS_ONLY = "_use_triton"  # of a device: whether the forward drops ignored positions before it scores
@@ -140,6 +143,7 @@ def check_versions() -> None:
 check_versions()
 
 # After the check, so that its message comes first. All of transformers' mixtures of experts take their loss from Mixtral.
+from transformers.integrations import deepspeed as zero_config  # noqa: E402
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func  # noqa: E402
 from trl import DPOConfig as TRLDPOConfig  # noqa: E402
 from trl import DPOTrainer as TRLDPOTrainer  # noqa: E402
@@ -161,10 +165,12 @@ for _owner, _names in (
     (TRLDPOTrainer, DPO_TRAINER_METHODS),
     (VLLMGeneration, VLLM_METHODS),
     (VLLMClient, ("get_server_info",)),
+    (zero_config, (ACTIVE_ZERO_CONFIG, "set_hf_deepspeed_config", "unset_hf_deepspeed_config")),
 ):
     _missing = [f"{_owner.__name__}.{name}" for name in _names if not hasattr(_owner, name)]
     if _missing:
-        raise ImportError(f"trl {importlib.metadata.version('trl')} lacks {', '.join(_missing)}")
+        _package = "transformers" if _owner is zero_config else "trl"
+        raise ImportError(f"{_package} {importlib.metadata.version(_package)} lacks {', '.join(_missing)}")
 
 
 def check_attributes(trainer: GRPOTrainer) -> None:
@@ -215,6 +221,7 @@ def check_scoring() -> None:
 
 
 __all__ = [
+    "ACTIVE_ZERO_CONFIG",
     "GATHER_HEAD",
     "SCORES_LABELS_ONLY",
     "SCORING_FUNCTION",
@@ -238,4 +245,5 @@ __all__ = [
     "supported_range",
     "trainer_utils",
     "use_adapter",
+    "zero_config",
 ]

@@ -126,7 +126,7 @@ class PPOTrainer(ValueStateMixin, PPORolloutMixin, PolicyTrainer):
         else:
             options = {"trust_remote_code": args.trust_remote_code, "dtype": policy.dtype}
             # Under ZeRO-3 too, a value model is whole on every process.
-            with unpartitioned(self.args.deepspeed_plugin, policy):
+            with unpartitioned(policy):
                 self.value_model = make_value_model(value_model, policy, **options)
             if any(map(is_partitioned, self.value_model.parameters())):
                 raise ValueError(

@@ -2,18 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, fsdp2_prepare_model, parse_flag_from_env
 from torch import nn
-from transformers.integrations.deepspeed import (
-    is_deepspeed_zero3_enabled,
-    set_hf_deepspeed_config,
-    unset_hf_deepspeed_config,
-)
 
-from dppo_kernels.trainers._trl_seam import prepare_deepspeed
+from dppo_kernels.trainers._trl_seam import ACTIVE_ZERO_CONFIG, prepare_deepspeed, zero_config
 from dppo_kernels.trainers.head import is_partitioned
 
 
@@ -57,16 +51,17 @@ def prepare_frozen(accelerator: Accelerator, model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def unpartitioned(plugin: Any, *sources: nn.Module) -> Iterator[None]:
-    """Models made inside are whole, also under ZeRO-3, and so are the parameters of `sources`; `plugin` is accelerate's."""
-    if not is_deepspeed_zero3_enabled():
+def unpartitioned(*sources: nn.Module) -> Iterator[None]:
+    """Models made inside are whole, also under ZeRO-3, and so are the parameters of `sources`."""
+    if not zero_config.is_deepspeed_zero3_enabled():
         yield
         return
     import deepspeed
 
-    unset_hf_deepspeed_config()
+    active = getattr(zero_config, ACTIVE_ZERO_CONFIG)()
+    zero_config.unset_hf_deepspeed_config()
     try:
         with deepspeed.zero.GatheredParameters([p for source in sources for p in source.parameters() if is_partitioned(p)]):
             yield
     finally:
-        set_hf_deepspeed_config(plugin.hf_ds_config)
+        zero_config.set_hf_deepspeed_config(active)

@@ -197,7 +197,7 @@ def offline_model(name: str, config: Any, resume: Any, prompts: Any, steps: int,
     folder = Path(config.output_dir) / name
     with config.main_process_first(desc="making the offline model"):
         if config.process_index == 0 and not resume:
-            with unpartitioned(config.deepspeed_plugin):
+            with unpartitioned():
                 _make_offline_model(folder, prompts, config.seed, steps, expert)
     return str(folder)
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dppo_kernels.trainers.sharding import unpartitioned
 from dppo_kernels.trainers.value_model import FOLDER
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ class ValueStateMixin(Host):
             folder = os.path.join(checkpoint, FOLDER)
             if not os.path.isdir(folder):
                 raise ValueError(f"{checkpoint} holds no {FOLDER}: it is not a checkpoint of {type(self).__name__}")
-            self.value_model.load(folder)
+            with unpartitioned():
+                self.value_model.load(folder)
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and (parts := self.value_optimizer_parts()):
             states = torch.load(os.path.join(checkpoint, OPTIMIZER_FILE), map_location="cpu", weights_only=True)

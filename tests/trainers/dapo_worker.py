@@ -1,7 +1,8 @@
 """One rank of `test_dapo_ddp.py`: one optimiser step on given completions, dynamic sampling with ranks out of balance, and
 ``dppo train``."""
 
-import sys
+import contextlib
+import io
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -123,18 +124,12 @@ def one_rank_reports(out: Path) -> list[int]:
     return rows_of(trainer, trainer.batches[0])
 
 
-def main(out: Path) -> None:
+def main(wrapper: str, out: Path) -> dict[str, Any]:
     steps = {name: one_step(out, 4, 2, name == "filtered") for name in ("plain", "filtered")}
     # The whole command: one rank makes the offline model, both train it, and one writes.
-    train(
-        "dapo",
-        ["--config", "cpu_quick_test", *TINY, *MIXED, "--per_device_eval_batch_size", "16", "--output_dir", str(out / "cli")],
-    )
-    result = {"world": torch.distributed.get_world_size(), "steps": steps, "sampling": sampling(out)}
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        options = ["--per_device_eval_batch_size", "16", "--output_dir", str(out / "cli")]
+        train("dapo", ["--config", "cpu_quick_test", *TINY, *MIXED, *options])
+    result = {"said": said.getvalue(), "world": torch.distributed.get_world_size(), "steps": steps, "sampling": sampling(out)}
     result["one_rank_reports"] = one_rank_reports(out)
-    torch.save(result, out / f"rank{torch.distributed.get_rank()}.pt")
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    return result

@@ -1,10 +1,7 @@
 """One rank of `test_distill_ddp.py`: two passes on given completions, distilling on either kind of data."""
 
-import sys
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from dppo_kernels.trainers import DistillPPOConfig
 from tests.trainers import conftest
@@ -65,11 +62,5 @@ def one_update(out: Path, data: str, batch: int, rows: int, accumulation: int) -
     }
 
 
-def main(out: Path) -> None:
-    result = {data: one_update(out, data, 8, 4, 2) for data in DATA}
-    torch.save(result, out / f"rank{torch.distributed.get_rank()}.pt")
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+def main(wrapper: str, out: Path) -> dict[str, Any]:
+    return {data: one_update(out, data, 8, 4, 2) for data in DATA}

@@ -1,10 +1,8 @@
 """One rank of `test_ppo_ddp.py`: one update on given completions, for each way to hold the values; the whole of a short run."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from dppo_kernels.trainers import DecoupledPPOConfig, PPOConfig
@@ -78,11 +76,6 @@ def stops_together(out: Path) -> list[float]:
     return conftest.history(trainer, "policy/updated")
 
 
-def main(out: Path) -> None:
+def main(wrapper: str, out: Path) -> dict[str, Any]:
     result = {kind: one_update(out, kind, 4, 2) for kind in KINDS}
-    torch.save({**result, "stops": stops_together(out)}, out / f"rank{torch.distributed.get_rank()}.pt")
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    return {**result, "stops": stops_together(out)}

@@ -1,10 +1,9 @@
 """Two processes under DistributedDataParallel: ranks agree, and each one's loss has GRPO's global normaliser."""
 
-import json
-
 import pytest
 
-from tests.trainers.ranks import run_ranks
+from tests.distributed.trainers.ranks import run
+from tests.trainers.ddp_worker import main
 
 pytestmark = pytest.mark.distributed
 
@@ -15,8 +14,7 @@ pytestmark = pytest.mark.distributed
 )
 def test_two_ranks_stay_equal(tmp_path, kind: str, sampler: str) -> None:
     """With a vLLM server, one process generates for all, and TRL deals the completions out again."""
-    run_ranks("tests.trainers.ddp_worker", str(tmp_path), kind, sampler)
-    ranks = [json.loads((tmp_path / f"rank{i}.json").read_text()) for i in range(2)]
+    ranks = run(main, "ddp", tmp_path, kind, sampler)
     for rank in ranks:
         assert rank["world"] == 2
         assert rank["wrapped"]

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.trainers.distill_worker import DATA, one_update
-from tests.trainers.ranks import run_ranks
+from tests.distributed.trainers.ranks import run
+from tests.trainers.distill_worker import DATA, main, one_update
 
 pytestmark = pytest.mark.distributed
 
@@ -15,9 +15,7 @@ pytestmark = pytest.mark.distributed
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What the two ranks saw."""
-    out = tmp_path_factory.mktemp("ranks")
-    run_ranks("tests.trainers.distill_worker", str(out))
-    return [torch.load(out / f"rank{i}.pt") for i in range(2)]
+    return run(main, "ddp", tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("data", DATA)

@@ -40,7 +40,7 @@ def run(function: Callable[..., Any], wrapper: str | None, *arguments: Any, proc
             rank.kill()
             rank.join()
         failures = [path.read_text() for i in range(world) if (path := Path(folder, f"failed{i}")).exists()]
-        assert not failures, failures[0]
+        assert not failures, "\n".join(failures)
         assert not late, f"ranks {late} of {world} did not end within {PATIENCE} s"
         return [torch.load(Path(folder, f"rank{i}.pt"), weights_only=False) for i in range(world)]
 

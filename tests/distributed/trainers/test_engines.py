@@ -1,6 +1,7 @@
 """Every trainer under DDP, FSDP2, ZeRO-2 and ZeRO-3: six steps of two processes are those of one, and resumed ones too."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,31 @@ NAMES = ("dppo", "dapo", "ppo", "shared", "decoupled", "distill", "dpo")
 TYPES = {"ddp": "DistributedDataParallel", "fsdp2": "FSDP", "zero2": "DeepSpeedEngine", "zero3": "DeepSpeedEngine"}
 
 
+SAVING = {"lr_scheduler_type": "linear", "save_strategy": "steps", "save_steps": 3}
+
+
 @functools.cache
 def of_one_process(name: str, options: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
     [found] = run(runs.train, None, name, dict(options))
     return found
 
 
-def check(name: str, wrapper: str, broken: str = "", **options: Any) -> None:
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tuple[list[dict[str, Any]], Path]]:
+    """A run of two processes by trainer and wrapper, made once, and where it saved itself at its third step."""
+
+    @functools.cache
+    def made(name: str, wrapper: str) -> tuple[list[dict[str, Any]], Path]:
+        out = tmp_path_factory.mktemp(f"{name}-{wrapper}")
+        ranks = run(runs.train, wrapper, name, SAVING, str(out))
+        return ranks, next(out.glob("**/checkpoint-3"))
+
+    return made
+
+
+def check(name: str, wrapper: str, ranks: list[dict[str, Any]], options: dict[str, Any]) -> None:
     """Of two processes: the wrapper, the same bits on both, and the weights and logs of one."""
     alone = of_one_process(name, tuple(options.items()))
-    ranks = run(runs.train, wrapper, name, options, None, None, broken)
     moved = max((alone["weights"][key] - start).abs().max().item() for key, start in alone["before"].items())
     assert moved > 1e-3
     for rank in ranks:
@@ -40,52 +56,60 @@ def check(name: str, wrapper: str, broken: str = "", **options: Any) -> None:
         assert {key: row[key] for key in known} == pytest.approx(known, rel=1e-5, abs=1e-5)
 
 
+def compare(name: str, wrapper: str, broken: str = "", **options: Any) -> None:
+    check(name, wrapper, run(runs.train, wrapper, name, options, None, None, broken), options)
+
+
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("name", NAMES)
-def test_two_processes_train_as_one(name: str, wrapper: str) -> None:
-    check(name, wrapper)
+def test_two_processes_train_as_one(whole: Any, name: str, wrapper: str) -> None:
+    check(name, wrapper, whole(name, wrapper)[0], {"lr_scheduler_type": "linear"})
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("name", ["dapo", "decoupled", "distill", "dpo"])
+# Engines that save alike: all trainers with one of them.
+RESUMED = [(name, wrapper) for name in NAMES for wrapper in ("fsdp2", "zero3")]
+RESUMED += [(name, wrapper) for name in ("dppo", "decoupled") for wrapper in ("ddp", "zero2")]
+
+
+@pytest.mark.parametrize(("name", "wrapper"), RESUMED)
+def test_resuming_is_exact(whole: Any, name: str, wrapper: str, tmp_path: Path) -> None:
+    first, checkpoint = whole(name, wrapper)
+    again = run(runs.train, wrapper, name, SAVING, str(tmp_path), str(checkpoint))
+    for rank, expected in zip(again, first, strict=True):
+        for key, weight in expected["weights"].items():
+            assert torch.equal(rank["weights"][key], weight), key
+        assert [row["loss"] for row in rank["logged"]] == [row["loss"] for row in expected["logged"]]
+
+
+# DDP's are in `tests/trainers/test_*_ddp.py`.
+@pytest.mark.parametrize("wrapper", ["fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("name", ["dapo", "distill", "dpo"])
 def test_gradient_accumulation(name: str, wrapper: str) -> None:
-    check(name, wrapper, accumulation=2)
+    compare(name, wrapper, accumulation=2)
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("name", ["dppo", "dpo"])
+@pytest.mark.parametrize(
+    ("name", "wrapper"), [*(("dppo", wrapper) for wrapper in WRAPPERS), ("dpo", "fsdp2"), ("dpo", "zero3")]
+)
 def test_adapters(name: str, wrapper: str) -> None:
-    check(name, wrapper, lora=True)
+    compare(name, wrapper, lora=True)
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("wrapper", ["fsdp2", "zero3"])
 @pytest.mark.parametrize("name", ["dppo", "distill", "dpo"])
 def test_tied_heads(name: str, wrapper: str) -> None:
-    check(name, wrapper, tied=True)
+    compare(name, wrapper, tied=True)
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
 def test_both_models_are_clipped_together(wrapper: str) -> None:
-    check("ppo", wrapper, max_grad_norm=0.5)
+    compare("ppo", wrapper, max_grad_norm=0.5)
 
 
 @pytest.mark.parametrize(("name", "broken"), [("dppo", "policy"), ("ppo", "values")])
 def test_ranks_that_diverge_are_seen(name: str, broken: str) -> None:
     with pytest.raises(AssertionError, match=r"from that of one process|differs from rank to rank"):
-        check(name, "ddp", broken)
-
-
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("name", ["dppo", "ppo", "decoupled", "dpo"])
-def test_resuming_is_exact(name: str, wrapper: str, tmp_path: Path) -> None:
-    options = {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "linear"}
-    whole = run(runs.train, wrapper, name, options, str(tmp_path / "whole"))
-    checkpoint = next(tmp_path.glob("whole/**/checkpoint-3"))
-    again = run(runs.train, wrapper, name, options, str(tmp_path / "again"), str(checkpoint))
-    for rank, first in zip(again, whole, strict=True):
-        for key, weight in first["weights"].items():
-            assert torch.equal(rank["weights"][key], weight), key
-        assert [row["loss"] for row in rank["logged"]] == [row["loss"] for row in first["logged"]]
+        compare(name, "ddp", broken)
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
