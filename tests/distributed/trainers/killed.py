@@ -5,10 +5,9 @@ import signal
 import sys
 from typing import Any
 
-from tests.distributed.trainers import preload, runs
+from tests.distributed.trainers import runs
 
 if __name__ == "__main__":
-    assert preload
     trainer = runs.make("dppo", sys.argv[1], sys.argv[2], save_strategy="steps", save_steps=3)
     compute = trainer._compute_loss
 

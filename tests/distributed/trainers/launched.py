@@ -2,11 +2,14 @@
 
 import sys
 
-from tests.distributed.trainers import preload, runs
+from accelerate.utils import parse_flag_from_env
+
+from tests.distributed.trainers.engines import build_nothing, keep_fsdp
 
 if __name__ == "__main__":
-    assert preload
-    runs.keep_fsdp()
+    keep_fsdp()
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        build_nothing()
     from dppo_kernels.trainers.train import train
 
     trainer = train(sys.argv[1], sys.argv[2:])

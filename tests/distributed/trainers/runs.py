@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState, DistributedType, PartialState
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import save_model
@@ -29,6 +28,7 @@ from dppo_kernels.trainers import (
     PPOConfig,
     PPOTrainer,
 )
+from tests.distributed.trainers.engines import build_nothing, keep_fsdp
 from tests.trainers import conftest
 from tests.trainers.dapo_worker import by_length, given_completions
 from tests.trainers.distill_runs import teacher_model
@@ -48,6 +48,7 @@ def engine_settings(wrapper: str | None) -> dict[str, Any]:
     if wrapper in ("zero2", "zero3"):
         import deepspeed
 
+        build_nothing()
         deepspeed.init_distributed("gloo")
         zero: dict[str, Any] = {"stage": int(wrapper[-1])}
         if wrapper == "zero3":  # small parameters would stay whole
@@ -55,19 +56,6 @@ def engine_settings(wrapper: str | None) -> dict[str, Any]:
         names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
         return {"deepspeed": {"zero_optimization": zero, **dict.fromkeys(names, "auto")}}
     return {}
-
-
-def keep_fsdp() -> None:
-    """accelerate shards on accelerators alone: here it is told to on CPUs."""
-    init = AcceleratorState.__init__
-
-    def patched(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
-        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None:
-            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-            self.fsdp_plugin = fsdp_plugin
-
-    AcceleratorState.__init__ = patched
 
 
 def policy(tied: bool = False) -> Qwen3ForCausalLM:
