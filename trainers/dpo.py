@@ -17,7 +17,7 @@ from dppo_kernels.trainers._trl_seam import TRLDPOConfig, TRLDPOTrainer, disable
 from dppo_kernels.trainers.checkpoint import AtomicCheckpointMixin
 from dppo_kernels.trainers.metrics import StatLoggingMixin
 from dppo_kernels.trainers.preference_scoring import install_preference_scoring
-from dppo_kernels.trainers.sharding import check_engine, is_sharded
+from dppo_kernels.trainers.sharding import EngineMixin
 
 logger = get_logger(__name__)
 
@@ -89,7 +89,7 @@ class DPOConfig(TRLDPOConfig):
         )
 
 
-class DPOTrainer(AtomicCheckpointMixin, StatLoggingMixin, TRLDPOTrainer):
+class DPOTrainer(AtomicCheckpointMixin, StatLoggingMixin, EngineMixin, TRLDPOTrainer):
     """TRL's DPOTrainer whose loss is computed from hidden states, inside the model's forward, with its gradient.
 
     Takes TRL's arguments; `args` is a `DPOConfig`. Losses, gradients and metrics are TRL's up to rounding (metrics are means
@@ -133,11 +133,6 @@ class DPOTrainer(AtomicCheckpointMixin, StatLoggingMixin, TRLDPOTrainer):
     def _check_setup(self) -> None:
         if self._is_vlm:
             raise ValueError("vision-language models are not supported yet: pass a text model and tokenizer")
-        check_engine(self.accelerator)
-        if self.args.sync_ref_model and is_sharded(self.accelerator):
-            raise ValueError(
-                "`sync_ref_model` is not supported with FSDP and DeepSpeed: checkpoints would not hold the reference"
-            )
         if is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning:
             raise ValueError("prompt-learning PEFT (prompt, prefix, p-tuning) is not supported: use LoRA or another adapter")
 

@@ -22,7 +22,7 @@ from dppo_kernels.trainers.resume import ExactResumeMixin
 from dppo_kernels.trainers.rollout import RolloutCaptureMixin
 from dppo_kernels.trainers.rollout_vllm import prepare_engine, warn_of_merging
 from dppo_kernels.trainers.scoring import IGNORE_INDEX, install_scoring
-from dppo_kernels.trainers.sharding import check_engine, is_sharded
+from dppo_kernels.trainers.sharding import EngineMixin
 
 # Logged name -> (stat, how it is read), of every loss and of each surrogate.
 _METRICS = {
@@ -58,7 +58,9 @@ _SURROGATE_METRICS = {
 }
 
 
-class PolicyTrainer(MismatchMonitorMixin, AtomicCheckpointMixin, ExactResumeMixin, RolloutCaptureMixin, GRPOTrainer):
+class PolicyTrainer(
+    MismatchMonitorMixin, AtomicCheckpointMixin, ExactResumeMixin, RolloutCaptureMixin, EngineMixin, GRPOTrainer
+):
     """GRPOTrainer whose loss is the `PolicyLossSpec` of its config; the base of this package's policy trainers.
 
     Takes GRPOTrainer's arguments; `args` is a `config_class`. Where the loss is DPPO's, the rollout policy's log-probs are
@@ -105,7 +107,6 @@ class PolicyTrainer(MismatchMonitorMixin, AtomicCheckpointMixin, ExactResumeMixi
             # generate() fills what is None here from the model's own generation config.
             merged |= {k: v for k, v in policy.generation_config.to_dict().items() if merged.get(k) is None}
             check_sampling(merged, self.temperature)
-        check_engine(self.accelerator)
         vocab, _ = head_shape(policy)
         if self.rollout_topk > vocab:
             raise ValueError(f"`divergence_topk`={self.rollout_topk} exceeds the model's vocabulary of {vocab}")
@@ -115,10 +116,6 @@ class PolicyTrainer(MismatchMonitorMixin, AtomicCheckpointMixin, ExactResumeMixi
             raise ValueError("vision-language models are not supported yet: pass a text model and tokenizer")
         if is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning:
             raise ValueError("prompt-learning PEFT (prompt, prefix, p-tuning) is not supported: use LoRA or another adapter")
-        if self.args.sync_ref_model and is_sharded(self.accelerator):
-            raise ValueError(
-                "`sync_ref_model` is not supported with FSDP and DeepSpeed: checkpoints would not hold the reference"
-            )
         if self.captures_rollout:
             check_deterministic(self.model)
 

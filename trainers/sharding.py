@@ -1,7 +1,9 @@
 """What FSDP2 and DeepSpeed change for trainers: what may be asked of them, frozen models, and models that stay whole."""
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, fsdp2_prepare_model, parse_flag_from_env
@@ -9,6 +11,11 @@ from torch import nn
 
 from dppo_kernels.trainers._trl_seam import ACTIVE_ZERO_CONFIG, prepare_deepspeed, zero_config
 from dppo_kernels.trainers.head import is_partitioned
+
+if TYPE_CHECKING:
+    from dppo_kernels.trainers._trl_seam import GRPOTrainer as Host
+else:
+    Host = object  # a mixin: a trainer of TRL comes after it in the bases
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -36,6 +43,34 @@ def check_engine(accelerator: Accelerator) -> None:
         )
     if accelerator.distributed_type == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise ValueError("FSDP 1 is not supported: set `fsdp_version` to 2")
+
+
+class EngineMixin(Host):
+    """Put before TRL's trainer in the bases: engines are checked as soon as they are known, before models are divided."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        check_engine(self.accelerator)
+        keep_precision(self.accelerator)
+        for name, why in (
+            ("sync_ref_model", "checkpoints would not hold the reference"),
+            ("cast_lm_head_to_fp32", "in mixed precision, which these hold the whole model in"),
+        ):
+            mixed = self.accelerator.mixed_precision != "no" or name == "sync_ref_model"
+            if is_sharded(self.accelerator) and mixed and getattr(self.args, name, False):
+                raise ValueError(f"`{name}` is not supported with FSDP and DeepSpeed: {why}")
+
+
+def keep_precision(accelerator: Accelerator) -> None:
+    """Under FSDP2, what goes into a model and comes out of it keeps its dtype.
+
+    accelerate's policy casts both to that of the parameters. Log-probs in bfloat16 have two digits: ratios, and sums over
+    completions, would be noise. A model's own inputs are ids; what its layers hand on is in the parameters' dtype already.
+    """
+    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
+    policy = None if plugin is None else plugin.mixed_precision_policy
+    if policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(policy, cast_forward_inputs=False, output_dtype=None)
 
 
 def prepare_frozen(accelerator: Accelerator, model: nn.Module) -> nn.Module:

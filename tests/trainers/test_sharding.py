@@ -1,5 +1,6 @@
 """What trainers refuse of FSDP and DeepSpeed, and heads behind wrappers; the engines run in `tests/distributed`."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,9 +9,10 @@ import torch
 from accelerate.utils import DistributedType
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from dppo_kernels.trainers.head import head_shape, in_head
-from dppo_kernels.trainers.sharding import check_engine
+from dppo_kernels.trainers.sharding import EngineMixin, check_engine, keep_precision
 from tests.trainers.ppo_runs import make_ppo, value_model
 
 
@@ -35,7 +37,6 @@ def test_fsdp_that_is_none_is_refused(monkeypatch) -> None:
     [
         ("DEEPSPEED", {"target_kl": 0.1}, "`target_kl` ends an update before a step is made, and DeepSpeed makes it"),
         ("FSDP", {"fp16": True}, "`fp16` with FSDP and DeepSpeed scales the loss for the policy alone"),
-        ("FSDP", {"sync_ref_model": True}, "`sync_ref_model` is not supported with FSDP and DeepSpeed"),
     ],
 )
 def test_settings_that_engines_cannot_honour(
@@ -50,6 +51,38 @@ def test_settings_that_engines_cannot_honour(
     with pytest.raises(ValueError, match=message):
         trainer._check_model(trainer.model)
     del trainer.accelerator.state.fsdp_plugin
+
+
+@pytest.mark.parametrize(
+    ("precision", "settings", "message"),
+    [
+        ("no", {"sync_ref_model": True}, "`sync_ref_model` is not supported with FSDP and DeepSpeed"),
+        ("bf16", {"cast_lm_head_to_fp32": True}, "`cast_lm_head_to_fp32` is not supported with FSDP and DeepSpeed: in mixed"),
+        ("no", {"cast_lm_head_to_fp32": True}, None),
+    ],
+)
+def test_settings_are_checked_with_the_engine(precision: str, settings: dict[str, Any], message: str | None) -> None:
+    class Trainer:
+        accelerator = engine("DEEPSPEED", deepspeed_plugin=None)
+        args = SimpleNamespace(**settings)
+
+        def create_accelerator_and_postprocess(self) -> None:
+            self.accelerator.mixed_precision = precision
+
+    class Checked(EngineMixin, Trainer):
+        pass
+
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        Checked().create_accelerator_and_postprocess()
+
+
+def test_fsdp_casts_neither_inputs_nor_outputs() -> None:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16, output_dtype=torch.bfloat16)
+    found = engine("FSDP", fsdp_plugin=SimpleNamespace(mixed_precision_policy=policy))
+    keep_precision(found)
+    kept = found.state.fsdp_plugin.mixed_precision_policy
+    assert (kept.param_dtype, kept.reduce_dtype) == (torch.bfloat16, torch.bfloat16)
+    assert (kept.output_dtype, kept.cast_forward_inputs) == (None, False)
 
 
 def test_an_optimiser_of_both_models_is_refused_beside_a_sharded_policy(make_trainer, monkeypatch) -> None:

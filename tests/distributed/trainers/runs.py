@@ -27,6 +27,7 @@ from dppo_kernels.trainers import (
     DPPOTrainer,
     PPOConfig,
     PPOTrainer,
+    scoring,
 )
 from tests.distributed.trainers.engines import build_nothing, keep_fsdp
 from tests.trainers import conftest
@@ -54,7 +55,7 @@ def engine_settings(wrapper: str | None) -> dict[str, Any]:
         if wrapper == "zero3":  # small parameters would stay whole
             zero |= {"stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
         names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-        return {"deepspeed": {"zero_optimization": zero, **dict.fromkeys(names, "auto")}}
+        return {"deepspeed": {"zero_optimization": zero, "bf16": {"enabled": "auto"}, **dict.fromkeys(names, "auto")}}
     return {}
 
 
@@ -284,3 +285,38 @@ def gatherings(wrapper: str, tied: bool) -> dict[str, Any]:
         trainer._score(trainer.model, ids, torch.ones_like(ids), ids[:, -2:])
     after_scoring = isinstance(head.weight, DTensor)
     return {"per_step": per_step, "in_layers": sharded, "after_training": everywhere, "after_scoring": after_scoring}
+
+
+def precision(wrapper: str) -> dict[str, Any]:
+    """In bfloat16: whether log-probs reach the loss with all their bits, and leave the model in float32."""
+    trainer = make("dppo", wrapper, tempfile.mkdtemp(), bf16=True, max_steps=2)
+    compute, given, reached, scored = scoring.linear_policy_loss, [], [], []
+
+    def watched(*args: Any, **options: Any) -> Any:
+        reached.append(options["anchor_logprobs"])
+        loss, stats, aux = compute(*args, **options)
+        scored.append(aux.logprobs)
+        return loss, stats, aux
+
+    scoring.linear_policy_loss = watched
+    loss_of, score = trainer._compute_loss, trainer._score
+
+    def losing(model: Any, inputs: dict[str, Any]) -> Tensor:
+        given.append(inputs["sampling_per_token_logps"])
+        return loss_of(model, inputs)
+
+    left = []
+
+    def scoring_(*args: Any, **options: Any) -> Any:
+        found = score(*args, **options)
+        left.append(found.logprobs)
+        return found
+
+    trainer._compute_loss, trainer._score = losing, scoring_
+    trainer.train()
+    return {
+        "in": all(map(torch.equal, given, reached)) and len(given) == 2,
+        "out": all(map(torch.equal, scored, left)),
+        "digits": all(bool((x != x.bfloat16()).any()) for x in (*given, *left)),
+        "hidden": next(p.dtype for p in trainer.model.parameters()),
+    }

@@ -138,3 +138,12 @@ def test_no_model_stays_gathered(wrapper: str) -> None:
     """References and teachers are divided as the policy is, a value model is not."""
     for rank in run(runs.divided, wrapper):
         assert rank == {"policy": True, "reference": True, "teacher": True, "whole inside": True, "values": False}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_logprobs_keep_their_digits_in_mixed_precision(wrapper: str) -> None:
+    """accelerate's FSDP2 casts what a model is given, and what it returns, to bfloat16."""
+    for rank in run(runs.precision, wrapper):
+        assert rank["in"]
+        assert rank["out"]
+        assert rank["digits"]
