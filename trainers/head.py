@@ -19,6 +19,7 @@ except ImportError:  # a torch that was built without distributed
     FSDPModule = None  # type: ignore[assignment, misc]
 
 
+@torch.compiler.disable  # a module's forward is replaced for a while; the ops inside are compiled already
 def in_head(head: nn.Module, function: Callable[..., Any], *hidden: Tensor) -> Any:
     """``function(weight, bias, *hidden)`` as the forward of `head`, whose hooks run as if it had computed logits.
 

@@ -36,7 +36,13 @@ class ValueStateMixin(Host):
                 self.value_model.load(folder)
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and (parts := self.value_optimizer_parts()):
-            states = torch.load(os.path.join(checkpoint, OPTIMIZER_FILE), map_location="cpu", weights_only=True)
+            path = os.path.join(checkpoint, OPTIMIZER_FILE)
+            if not os.path.isfile(path):
+                raise ValueError(
+                    f"{checkpoint} holds no {OPTIMIZER_FILE}: its value model was stepped by the policy's optimiser. Resume "
+                    "with the trainer and the engine (none, DDP, FSDP or DeepSpeed) that saved it"
+                )
+            states = torch.load(path, map_location="cpu", weights_only=True)
             for name, part in parts.items():
                 part.load_state_dict(states[name])
 

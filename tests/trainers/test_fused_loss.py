@@ -1,5 +1,6 @@
 """DPPOTrainer through the fused loss and without it: the same steps, and proof of which path trained."""
 
+import copy
 from collections import Counter
 from typing import Any
 
@@ -124,3 +125,17 @@ def test_trl_refuses_an_adapter_on_the_head(make_trainer, model) -> None:
     """So the trainers never see one; `linear_policy_loss` itself takes a `LoraWeight`."""
     with pytest.raises(ValueError, match="adapter to `lm_head` is not supported"):
         make_trainer(peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"], r=4))
+
+
+def test_a_compiled_model_has_the_same_loss(make_trainer, model, monkeypatch) -> None:
+    for name in ("BACKEND", "MODE"):  # where transformers writes it for accelerate, and leaves it
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", "")
+        monkeypatch.delenv(f"ACCELERATE_DYNAMO_{name}")
+    losses = []
+    for compiled in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        trainer = make_trainer(model=copy.deepcopy(model), max_steps=1, **compiled)
+        trainer.train()
+        losses.append(history(trainer, "loss"))
+        assert (type(trainer.model_wrapped).__name__ == "OptimizedModule") == bool(compiled)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0][0] != 0

@@ -93,6 +93,15 @@ def test_an_optimiser_of_both_models_is_refused_beside_a_sharded_policy(make_tra
         trainer._optimize_values(both)
 
 
+def test_checkpoints_of_another_engine_are_refused(make_trainer, tmp_path) -> None:
+    """In which the policy's optimiser held the value model."""
+    trainer = make_ppo(make_trainer, save_strategy="steps", save_steps=1, max_steps=1, output_dir=str(tmp_path))
+    trainer.train()
+    trainer.value_optimizer = torch.optim.SGD(trainer.value_model.parameters())
+    with pytest.raises(ValueError, match=r"holds no value_optimizer\.pt: its value model was stepped by the policy's"):
+        trainer._load_optimizer_and_scheduler(str(tmp_path / "checkpoint-1"))
+
+
 def test_models_that_zero_3_has_divided_are_refused(make_trainer, model, monkeypatch) -> None:
     divided = value_model(108)
     next(divided.parameters()).ds_id = 0
