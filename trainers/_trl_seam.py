@@ -18,6 +18,7 @@ GRPO_TRAINER_METHODS = (
     "_generate_and_score_completions",
     "_generate_single_turn",
     "_get_grad_norm",
+    "_get_learning_rate",
     "_get_output_dir",
     "_get_per_token_logps_and_entropies",
     "_get_train_sampler",
@@ -29,6 +30,7 @@ GRPO_TRAINER_METHODS = (
     "_save_optimizer_and_scheduler",
     "_save_rng_state",
     "_tokenize_prompts",
+    "create_accelerator_and_postprocess",
     "get_high_entropy_mask",
 )
 
@@ -74,7 +76,14 @@ GRPO_TRAINER_ATTRIBUTES = (
 )
 
 # Of TRL's DPOTrainer: methods that are overridden, attributes that are read or set.
-DPO_TRAINER_METHODS = ("_compute_loss", "_precompute_ref_logps", "compute_ref_log_probs", "_save_checkpoint")
+DPO_TRAINER_METHODS = (
+    "_compute_loss",
+    "_precompute_ref_logps",
+    "_prepare_inputs",
+    "_save_checkpoint",
+    "compute_ref_log_probs",
+    "create_accelerator_and_postprocess",
+)
 DPO_TRAINER_ATTRIBUTES = (
     "_is_vlm",
     "_metrics",

@@ -101,7 +101,7 @@ class DistillPPOTrainer(DistillSetupMixin, PPOTrainer):
         if self.args.teacher_as_reference:
             model = self.accelerator.unwrap_model(self.ref_model)
         elif gives_logits(given):
-            model = self.freeze("teacher", given) if isinstance(given, nn.Module) else given
+            model = self.freeze("teacher", given, whole=True) if isinstance(given, nn.Module) else given
         else:
             model = self.accelerator.unwrap_model(self.take_frozen("teacher", given))
             install_scoring(model, temperature=1.0)

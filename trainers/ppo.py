@@ -168,11 +168,11 @@ class PPOTrainer(ValueStateMixin, PPORolloutMixin, PolicyTrainer):
             raise ValueError(f"`{name}` must not have a PEFT adapter: merge it, or leave `{name}` out")
         return self.freeze(name, model)
 
-    def freeze(self, name: str, model: nn.Module) -> Any:
-        """A model of any kind in eval mode, without dropout, on this device; refused if training would change it."""
+    def freeze(self, name: str, model: nn.Module, *, whole: bool = False) -> Any:
+        """A model of any kind in eval mode, without dropout, as `prepare_frozen`; refused if training would change it."""
         check_disjoint(name, model, [("the policy", self.model)])
         disable_dropout(model)
-        return prepare_frozen(self.accelerator, model)
+        return prepare_frozen(self.accelerator, model, whole=whole)
 
     def _check_model(self, policy: Any) -> None:
         super()._check_model(policy)

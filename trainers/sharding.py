@@ -52,13 +52,16 @@ class EngineMixin(Host):
         super().create_accelerator_and_postprocess()
         check_engine(self.accelerator)
         keep_precision(self.accelerator)
-        for name, why in (
-            ("sync_ref_model", "checkpoints would not hold the reference"),
-            ("cast_lm_head_to_fp32", "in mixed precision, which these hold the whole model in"),
-        ):
-            mixed = self.accelerator.mixed_precision != "no" or name == "sync_ref_model"
-            if is_sharded(self.accelerator) and mixed and getattr(self.args, name, False):
-                raise ValueError(f"`{name}` is not supported with FSDP and DeepSpeed: {why}")
+        if not is_sharded(self.accelerator):
+            return
+        if self.args.sync_ref_model:
+            raise ValueError(
+                "`sync_ref_model` is not supported with FSDP and DeepSpeed: checkpoints would not hold the reference"
+            )
+        if self.accelerator.mixed_precision != "no" and getattr(self.args, "cast_lm_head_to_fp32", False):  # DPO has none
+            raise ValueError(
+                "`cast_lm_head_to_fp32` is not supported with FSDP and DeepSpeed in mixed precision: all weights have its dtype"
+            )
 
 
 def keep_precision(accelerator: Accelerator) -> None:
@@ -73,16 +76,35 @@ def keep_precision(accelerator: Accelerator) -> None:
         plugin.mixed_precision_policy = dataclasses.replace(policy, cast_forward_inputs=False, output_dtype=None)
 
 
-def prepare_frozen(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """A model that is scored and not trained, on this device, divided over processes where the policy's parameters are."""
+def prepare_frozen(accelerator: Accelerator, model: nn.Module, *, whole: bool = False) -> nn.Module:
+    """A model that is scored and not trained, on this device, divided over processes where the policy's parameters are.
+
+    Args:
+        accelerator: of the trainer.
+        model: a transformers model, or any module where it stays whole.
+        whole: do not divide it, as what is called by another method than its forward must not be.
+    """
     model.eval()
-    if accelerator.distributed_type == DistributedType.FSDP:
-        return fsdp2_prepare_model(accelerator, model)
-    if zero_stage(accelerator) == 3:
+    if not whole and accelerator.distributed_type == DistributedType.FSDP:
+        with _own_layers(accelerator.state.fsdp_plugin):
+            return fsdp2_prepare_model(accelerator, model)
+    if not whole and zero_stage(accelerator) == 3:
         return prepare_deepspeed(model, accelerator)
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # parameters are whole
+    if is_sharded(accelerator):
         return model.to(accelerator.device)
     return accelerator.prepare_model(model, evaluation_mode=True)
+
+
+@contextmanager
+def _own_layers(plugin: Any) -> Iterator[None]:
+    """What FSDP2 wraps are the layers of the model at hand: accelerate keeps those of the first, or of the options, for all."""
+    kept = {name: getattr(plugin, name) for name in ("auto_wrap_policy", "transformer_cls_names_to_wrap")}
+    plugin.transformer_cls_names_to_wrap = None
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(plugin, name, value)
 
 
 @contextmanager

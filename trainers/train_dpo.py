@@ -178,7 +178,7 @@ def _load(path: str, config: DPOConfig, quantization: Any, **changes: Any) -> An
     options = {"trust_remote_code": config.trust_remote_code, **(config.model_init_kwargs or {}), **changes}
     if quantization is not None:
         options["quantization_config"] = quantization
-    if config.distributed_state.distributed_type == "MULTI_GPU":
+    if config.distributed_state.distributed_type != "NO":
         options["device_map"] = None
     return create_model_from_path(path, **options)
 

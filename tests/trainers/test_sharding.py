@@ -57,14 +57,14 @@ def test_settings_that_engines_cannot_honour(
     ("precision", "settings", "message"),
     [
         ("no", {"sync_ref_model": True}, "`sync_ref_model` is not supported with FSDP and DeepSpeed"),
-        ("bf16", {"cast_lm_head_to_fp32": True}, "`cast_lm_head_to_fp32` is not supported with FSDP and DeepSpeed: in mixed"),
+        ("bf16", {"cast_lm_head_to_fp32": True}, "`cast_lm_head_to_fp32` is not supported with FSDP and DeepSpeed in mixed"),
         ("no", {"cast_lm_head_to_fp32": True}, None),
     ],
 )
 def test_settings_are_checked_with_the_engine(precision: str, settings: dict[str, Any], message: str | None) -> None:
     class Trainer:
         accelerator = engine("DEEPSPEED", deepspeed_plugin=None)
-        args = SimpleNamespace(**settings)
+        args = SimpleNamespace(**{"sync_ref_model": False, **settings})
 
         def create_accelerator_and_postprocess(self) -> None:
             self.accelerator.mixed_precision = precision

@@ -111,7 +111,12 @@ def test_pairs_of_prompts_without_answers(tmp_path, model, tokenizer, monkeypatc
     assert (measuring.temperatures, measuring.output_file) == ([1.0], None)
 
 
-def test_the_reference_is_loaded_as_the_policy_is(monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(kind, {"device_map": None}) for kind in (DistributedType.MULTI_GPU, DistributedType.DEEPSPEED)]
+    + [(DistributedType.NO, {})],
+)
+def test_the_reference_is_loaded_as_the_policy_is(monkeypatch, kind: DistributedType, options: dict[str, None]) -> None:
     """By TRL: quantised, and on several GPUs each process its own."""
     loaded = []
     monkeypatch.setattr(
@@ -120,11 +125,11 @@ def test_the_reference_is_loaded_as_the_policy_is(monkeypatch) -> None:
     config = SimpleNamespace(
         trust_remote_code=False,
         model_init_kwargs={"revision": "first", "dtype": "bfloat16"},
-        distributed_state=SimpleNamespace(distributed_type=DistributedType.MULTI_GPU),
+        distributed_state=SimpleNamespace(distributed_type=kind),
     )
     _load("there", config, "in four bits", revision="main")
     expected = {"trust_remote_code": False, "revision": "main", "dtype": "bfloat16"}
-    assert loaded == [("there", {**expected, "quantization_config": "in four bits", "device_map": None})]
+    assert loaded == [("there", {**expected, "quantization_config": "in four bits", **options})]
 
 
 def test_options_of_pairs_are_those_of_the_command() -> None:

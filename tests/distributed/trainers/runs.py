@@ -10,7 +10,8 @@ import torch.distributed as dist
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import save_model
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import Qwen3ForCausalLM
 
@@ -32,7 +33,7 @@ from dppo_kernels.trainers import (
 from tests.distributed.trainers.engines import build_nothing, keep_fsdp
 from tests.trainers import conftest
 from tests.trainers.dapo_worker import by_length, given_completions
-from tests.trainers.distill_runs import teacher_model
+from tests.trainers.distill_runs import scaled_teacher, teacher_model
 from tests.trainers.ppo_runs import value_model
 
 STEPS = 6
@@ -45,7 +46,7 @@ def engine_settings(wrapper: str | None) -> dict[str, Any]:
     """What a config is given for it."""
     if wrapper == "fsdp2":
         keep_fsdp()
-        return {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": "Qwen3DecoderLayer"}}
+        return {"fsdp": True}
     if wrapper in ("zero2", "zero3"):
         import deepspeed
 
@@ -87,13 +88,35 @@ def with_logprobs(start: Any, k: int) -> Callable[..., dict[str, Any]]:
     return rollout
 
 
+class GivesLogits(nn.Module):
+    """A module that is no transformers model."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.inner = model
+
+    def get_teacher_logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        return self.inner(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions).logits
+
+
 def make(
-    name: str, wrapper: str | None, out: str, *, accumulation: int = 1, lora: bool = False, tied: bool = False, **changes: Any
+    name: str,
+    wrapper: str | None,
+    out: str,
+    *,
+    accumulation: int = 1,
+    lora: bool = False,
+    tied: bool = False,
+    teacher: str = "qwen",
+    **changes: Any,
 ) -> Any:
     """The trainer of this name; all splits of its steps over processes and micro-batches are one step."""
     # Models come before configs, which, of ZeRO-3, change how models are made.
     models = {"policy": policy(tied), "start": policy(tied).eval(), "value": value_model(len(tokenizer))}
-    models["teacher"] = teacher_model(len(tokenizer))
+    models["teacher"] = (scaled_teacher if teacher == "granite" else teacher_model)(len(tokenizer))
+    if teacher == "own logits":
+        models["teacher"] = GivesLogits(models["teacher"])
     engine, world = engine_settings(wrapper), 2 if wrapper else 1
     rows = ROWS // (world * accumulation)
     common = {"max_steps": STEPS, "learning_rate": 1e-3, "weight_decay": 0.1, "gradient_accumulation_steps": accumulation}
@@ -131,8 +154,19 @@ def make(
     return cls(start, by_length, args, train_dataset=conftest.prompts.__wrapped__(), processing_class=tokenizer, **extra)
 
 
+def _pairs() -> Dataset:
+    return Dataset.from_list(
+        [{"prompt": f"{a}+{b}=", "chosen": str(a + b), "rejected": f"{a + b + 1}{a}"} for a in range(8) for b in range(8)]
+    )
+
+
+def write_pairs(file: Path) -> None:
+    _pairs().to_parquet(file)
+
+
 def _make_dpo(model: Any, reference: Any, out: str, options: dict[str, Any], lora: bool) -> DPOTrainer:
-    rows = [{"prompt": f"{a}+{b}=", "chosen": str(a + b), "rejected": f"{a + b + 1}{a}"} for a in range(8) for b in range(8)]
+    file = options.pop("pairs", None)
+    data = _pairs() if file is None else Dataset.from_parquet(file, cache_dir=str(Path(file).parent))
     del options["steps_per_generation"]
     settings = {"use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no", "disable_tqdm": True, "seed": 3}
     settings |= {"gradient_checkpointing": False, "logging_steps": 1, "lr_scheduler_type": "constant"}
@@ -142,7 +176,7 @@ def _make_dpo(model: Any, reference: Any, out: str, options: dict[str, Any], lor
         for parameter in reference.parameters():
             parameter += 0.02 * torch.randn(parameter.shape, generator=g)
     extra: dict[str, Any] = {"peft_config": _lora()} if lora else {"ref_model": reference}
-    return DPOTrainer(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, **extra)
+    return DPOTrainer(model, args=args, train_dataset=data, processing_class=tokenizer, **extra)
 
 
 def _save(model: Any, folder: str) -> None:
@@ -213,9 +247,8 @@ def rollouts(wrapper: str | None) -> dict[str, Any]:
 
     trainer._generate_single_turn = watched  # type: ignore[method-assign]
     trainer.train()
-    names = ("engine_mismatch/prob_gap_max", "engine_mismatch/logprob_gap_max")
-    found = {name: conftest.history(trainer, name) for name in names if name in trainer.state.log_history[0]}
-    return {"lengths": lengths, "mismatch": found, "weights": weights(trainer)}
+    mismatch = conftest.history(trainer, "engine_mismatch/prob_gap_max")
+    return {"lengths": lengths, "mismatch": mismatch, "weights": weights(trainer)}
 
 
 def _dppo_config(wrapper: str | None, **changes: Any) -> DPPOConfig:
@@ -245,6 +278,14 @@ def divided(wrapper: str) -> dict[str, bool]:
             whole_inside = side["weight"].shape == (len(tokenizer), 48) and not is_divided(side["weight"])
     found = {name: all(map(is_divided, model.parameters())) for name, model in models.items()}
     return {**found, "whole inside": whole_inside, "values": any(map(is_divided, trainer.value_model.parameters()))}
+
+
+def wrapped_layers(wrapper: str) -> dict[str, bool]:
+    """Whether all layers of policy and teacher, which are of different classes, are units of FSDP2."""
+    trainer = make("distill", wrapper, tempfile.mkdtemp(), max_steps=2, teacher="granite")
+    trainer.train()
+    models = {"policy": trainer.model, "teacher": trainer.teacher.model}
+    return {name: all(isinstance(x, FSDPModule) for x in model.base_model.layers) for name, model in models.items()}
 
 
 def gatherings(wrapper: str, tied: bool) -> dict[str, Any]:

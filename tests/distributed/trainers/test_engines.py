@@ -88,9 +88,7 @@ def test_gradient_accumulation(name: str, wrapper: str) -> None:
     compare(name, wrapper, accumulation=2)
 
 
-@pytest.mark.parametrize(
-    ("name", "wrapper"), [*(("dppo", wrapper) for wrapper in WRAPPERS), ("dpo", "fsdp2"), ("dpo", "zero3")]
-)
+@pytest.mark.parametrize(("name", "wrapper"), [(name, wrapper) for name in NAMES for wrapper in ("fsdp2", "zero3")])
 def test_adapters(name: str, wrapper: str) -> None:
     compare(name, wrapper, lora=True)
 
@@ -118,8 +116,8 @@ def test_the_policy_that_writes_is_the_one_that_trains(wrapper: str) -> None:
     first, second = run(runs.rollouts, wrapper)
     assert first["lengths"] != second["lengths"]
     for rank in (first, second):
-        assert rank["mismatch"]
-        assert all(max(values) < 1e-5 for values in rank["mismatch"].values())
+        assert len(rank["mismatch"]) == 3
+        assert max(rank["mismatch"]) < 1e-5
     assert all(torch.equal(weight, second["weights"][key]) for key, weight in first["weights"].items())
 
 
@@ -147,3 +145,23 @@ def test_logprobs_keep_their_digits_in_mixed_precision(wrapper: str) -> None:
         assert rank["in"]
         assert rank["out"]
         assert rank["digits"]
+
+
+@pytest.mark.parametrize("wrapper", ["fsdp2", "zero2", "zero3"])
+def test_precomputed_references(wrapper: str, tmp_path: Path) -> None:
+    """Of pairs in a file, whose cache processes share."""
+    runs.write_pairs(tmp_path / "pairs.parquet")
+    compare("dpo", wrapper, precompute_ref_log_probs=True, pairs=str(tmp_path / "pairs.parquet"))
+
+
+@pytest.mark.parametrize("wrapper", ["fsdp2", "zero3"])
+@pytest.mark.parametrize("teacher", ["granite", "own logits"])
+def test_other_teachers(teacher: str, wrapper: str) -> None:
+    """Of another architecture, and one that is asked for logits by a method of its own, which no engine knows."""
+    compare("distill", wrapper, teacher=teacher)
+
+
+def test_layers_are_wrapped_whatever_the_teacher_is() -> None:
+    """accelerate wraps, in all models, the layers of the first one that it prepares."""
+    for rank in run(runs.wrapped_layers, "fsdp2"):
+        assert rank == {"policy": True, "teacher": True}

@@ -29,7 +29,7 @@ from dppo_kernels.trainers.tabular import Discriminators, Scores, load_table
 # What ships as `--config quick`, on a smaller table, which a smaller model must not yet know by heart: nothing would be left
 # to tell its rows by.
 QUICK = yaml.safe_load((CONFIGS / "compare" / "quick.yaml").read_text())
-SETTINGS: dict[str, Any] = {**QUICK, "target": "diagnosis", "width": 32, "warmup_steps": 250, "learning_rate": 5e-4}
+SETTINGS: dict[str, Any] = {**QUICK, "target": "diagnosis", "width": 32, "warmup_steps": 250, "learning_rate": 2e-3}
 
 
 def write_small_table(path: Path) -> Path:
@@ -158,7 +158,7 @@ def test_it_is_measured_and_reported(compared: tuple) -> None:
         assert measures["kl"] != 0
         for name in ("reward", "judge_reward", "validity", *LEVELS, *(f"judge_{level}" for level in LEVELS)):
             assert 0 < measures[name] <= 1
-        assert measures["reward"] != start["reward"]
+        assert abs(measures["reward"] - start["reward"]) > 1e-4
         # Real rows that no policy has seen are more real, to the discriminators and to the judge.
         assert seed["real"]["reward"] > max(measures["reward"], start["reward"])
         assert seed["real"]["judge_reward"] > max(measures["judge_reward"], start["judge_reward"])
